@@ -1,0 +1,80 @@
+"""The crystal as it travels from a source to a cloud, and the reason when it cannot.
+
+Shape legend of this package: A scatterers, P reciprocal-lattice points, S distinct species,
+N crystals.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+# Name → unit of every label that sources give; a source may add its own (unit "").
+LABEL_UNITS = {
+    "bulk_modulus": "GPa",
+    "shear_modulus": "GPa",
+    "band_gap": "eV",
+    "energy_above_hull": "eV/atom",
+    "formation_energy_per_atom": "eV/atom",
+}
+
+
+class Reject(Exception):
+    """One crystal cannot be featurized: becomes a row of `rejects.csv`, never a crash."""
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage = stage  # "source", "structure", "cell" or "diffraction"
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Crystal:
+    """A periodic crystal: one row a scatterer, i.e. one species on one site.
+
+    A site shared by several species (partial occupancy) has several rows with equal `site` and
+    equal position; vacancies are the part that is missing to 1.
+    """
+
+    id: str
+    lattice: FloatArray  # (3, 3), rows a, b, c in Å
+    positions: FloatArray  # (A, 3), fractional
+    species: tuple[str, ...]  # (A,), element symbols; "D" is deuterium
+    occupancy: FloatArray  # (A,), 0 < o ≤ 1
+    site: IntArray  # (A,), 0 … number of sites − 1
+    labels: dict[str, float] = field(default_factory=dict)  # name → value; unknown ones are absent
+    group: str = ""  # what a split must keep together; the reduced formula when empty
+
+    @property
+    def volume(self) -> float:
+        """Cell volume in Å³."""
+        return abs(float(np.linalg.det(self.lattice)))
+
+    @property
+    def composition(self) -> dict[str, float]:
+        """Species → number of atoms a cell, weighted by occupancy."""
+        total: dict[str, float] = {}
+        for name, occupancy in zip(self.species, self.occupancy, strict=True):
+            total[name] = total.get(name, 0.0) + float(occupancy)
+        return total
+
+    @property
+    def reduced_formula(self) -> str:
+        """Elements in alphabetical order with the smallest whole amounts, e.g. `O2Si`.
+
+        Amounts that are not whole (partial occupancy) are divided by the number of atoms and
+        written with three decimals: supercells of one crystal always get one formula.
+        """
+        amounts = {name: self.composition[name] for name in sorted(self.composition)}
+        rounded = {name: round(amount) for name, amount in amounts.items()}
+        if all(abs(amounts[n] - rounded[n]) < 1e-3 and rounded[n] > 0 for n in amounts):
+            divisor = reduce(math.gcd, rounded.values())
+            counts = {name: amount // divisor for name, amount in rounded.items()}
+            return "".join(f"{n}{c if c > 1 else ''}" for n, c in counts.items())
+        atoms = sum(amounts.values())
+        return "".join(f"{n}{a / atoms:.3f}" for n, a in amounts.items())
