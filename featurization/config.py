@@ -1,0 +1,68 @@
+"""What decides the content of a dataset: every field lands in the manifest."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from cluster.config import Config
+
+RadiationName = Literal["xray", "xray_pymatgen", "neutron", "electron"]
+CellName = Literal["primitive", "conventional", "niggli", "as_given"]
+
+
+class FeaturizationConfig(Config):
+    """Settings of crystal → cloud."""
+
+    radiation: RadiationName = "xray"
+    """Scatterer: xray (IT92), xray_pymatgen (the paper's), neutron (Sears 1992), electron."""
+    cell: CellName = "primitive"
+    """Cell that spans the reciprocal lattice; primitive and conventional are standardized."""
+    selection: str = "sphere:1.2"
+    """miller:m takes |h|,|k|,|l| ≤ m; sphere:q takes |q| ≤ q in 1/Å, whatever the cell."""
+    symprec: float = Field(default=0.1, gt=0, le=1)
+    """Symmetry tolerance in Å (the Materials Project's 0.1)."""
+    b_iso: float = Field(default=0.0, ge=0, le=50)
+    """Isotropic Debye–Waller B in Å² for every atom; 0 is the static crystal."""
+    absences: Literal["auto", "keep", "drop"] = "auto"
+    """Absent reflections: keep (intensity 0), drop, or auto: keep in miller, drop in sphere."""
+    absence_tolerance: float = Field(default=1e-6, ge=0, lt=1)
+    """A reflection with |F|² ≤ tolerance × (Σ|f|)² is absent."""
+    max_points: int = Field(default=100_000, ge=1)
+    """A crystal with more points (Friedel half) is rejected."""
+    shard_structures: int = Field(default=4096, ge=1)
+    """Crystals a shard."""
+
+    @field_validator("selection")
+    @classmethod
+    def _selection(cls, text: str) -> str:
+        kind, _, value = text.partition(":")
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if kind == "miller" and number.is_integer() and number >= 1:
+            if number <= 50:
+                return f"miller:{int(number)}"
+        elif kind == "sphere" and 0 < number <= 20:
+            # All digits: `:g` would move the sphere of a radius with more than six.
+            return f"sphere:{number!r}".removesuffix(".0")
+        raise ValueError("must be miller:m (whole m, 1 to 50) or sphere:q (0 < q ≤ 20 1/Å)")
+
+    @property
+    def miller_limit(self) -> int | None:
+        """m of `miller:m`, else None."""
+        kind, _, value = self.selection.partition(":")
+        return int(value) if kind == "miller" else None
+
+    @property
+    def q_max(self) -> float | None:
+        """q of `sphere:q` in 1/Å, else None."""
+        kind, _, value = self.selection.partition(":")
+        return float(value) if kind == "sphere" else None
+
+    @property
+    def drops_absences(self) -> bool:
+        """Whether absent reflections leave the cloud."""
+        if self.absences == "auto":
+            return self.q_max is not None
+        return self.absences == "drop"

@@ -1,0 +1,150 @@
+"""Shards → tensors, and tensors → batches, without a Python loop over crystals.
+
+Shape legend of this package: N crystals of a set, B crystals of a batch, P points (packed: the
+points of all crystals one after the other, no padding), C channels or classes, R resamples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featurization.shards import read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class CloudBatch:
+    """Whole clouds, both Friedel mates, packed."""
+
+    q_P3: Tensor  # 1/Å
+    intensity_P: Tensor  # |F|²/V²
+    lengths_B: Tensor  # int64, points of each crystal
+
+    def rotated(self, rotations_B33: Tensor) -> "CloudBatch":
+        """Each cloud turned by its own rotation."""
+        rotations_P33 = torch.repeat_interleave(rotations_B33, self.lengths_B, dim=0)
+        turned_P3 = torch.einsum("pij,pj->pi", rotations_P33, self.q_P3)
+        return CloudBatch(turned_P3, self.intensity_P, self.lengths_B)
+
+    def to(self, device: torch.device) -> "CloudBatch":
+        """The batch on another device."""
+        tensors = (self.q_P3, self.intensity_P, self.lengths_B)
+        return CloudBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class CloudSet:
+    """A set of clouds in memory as stored: one point of each Friedel pair, in order of id."""
+
+    ids: NDArray[np.str_]  # (N,)
+    groups: NDArray[np.str_]  # (N,)
+    crystal_systems: NDArray[np.str_]  # (N,)
+    labels: dict[str, NDArray[np.float64]]  # name → (N,), NaN where unknown
+    offsets: Tensor  # (N+1,) int64
+    hkl_P3: Tensor  # int16
+    q_P3: Tensor  # float32, 1/Å
+    intensity_P: Tensor  # float32, |F|²/V²
+    multiplicity_P: Tensor  # int64, 2 for a pair ±q
+    lattice_N33: Tensor  # float32, Å
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def crystal_P(self) -> Tensor:
+        """Index of the crystal that each stored point belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self)), self.offsets.diff())
+
+    def subset(self, rows: NDArray[Any]) -> "CloudSet":
+        """The crystals of an index or boolean array."""
+        rows = np.arange(len(self))[rows]
+        points, lengths = self._points(torch.from_numpy(rows))
+        return CloudSet(
+            ids=self.ids[rows],
+            groups=self.groups[rows],
+            crystal_systems=self.crystal_systems[rows],
+            labels={name: values[rows] for name, values in self.labels.items()},
+            offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+            hkl_P3=self.hkl_P3[points],
+            q_P3=self.q_P3[points],
+            intensity_P=self.intensity_P[points],
+            multiplicity_P=self.multiplicity_P[points],
+            lattice_N33=self.lattice_N33[torch.from_numpy(rows)],
+        )
+
+    def batch(self, rows_B: Tensor) -> CloudBatch:
+        """Whole clouds of the crystals `rows_B` (int64), Friedel mates added."""
+        points, lengths = self._points(rows_B)
+        multiplicity = self.multiplicity_P[points]
+        full = torch.repeat_interleave(points, multiplicity)
+        # The second copy of a pair is the mate at −q.
+        first = torch.repeat_interleave(multiplicity.cumsum(0) - multiplicity, multiplicity)
+        sign = torch.where(torch.arange(len(full)) == first, 1.0, -1.0)
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), multiplicity.cumsum(0)])
+        return CloudBatch(
+            q_P3=self.q_P3[full] * sign[:, None],
+            intensity_P=self.intensity_P[full],
+            lengths_B=ends[lengths.cumsum(0)] - ends[lengths.cumsum(0) - lengths],
+        )
+
+    def _points(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of the stored points of some crystals, and how many each has."""
+        starts = self.offsets[rows_B]
+        lengths = self.offsets[rows_B + 1] - starts
+        within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(
+            lengths.cumsum(0) - lengths, lengths
+        )
+        return torch.repeat_interleave(starts, lengths) + within, lengths
+
+
+def load(folder: Path) -> CloudSet:
+    """All clouds of a finished dataset in memory, in order of id.
+
+    The order makes training independent of how the dataset was cut into shards.
+
+    Raises:
+        UserError: no manifest.
+    """
+    shards = [folder / row["file"] for row in read_manifest(folder)["shards"]]
+    parts: dict[str, list[NDArray[Any]]] = {}
+    labels: list[dict[str, NDArray[np.float64]]] = []
+    for path in shards:
+        with h5py.File(path, "r") as file:
+            for name in ("id", "group", "symmetry/crystal_system"):
+                parts.setdefault(name, []).append(file[name].asstr()[:].astype(np.str_))
+            for name in ("offsets", "hkl", "q", "intensity", "multiplicity", "lattice"):
+                parts.setdefault(name, []).append(file[name][:])
+            labels.append({name: file["labels"][name][:] for name in file["labels"]})
+    lengths = torch.from_numpy(np.concatenate([np.diff(part) for part in parts["offsets"]]))
+    sizes = [len(part) for part in parts["id"]]
+    whole = CloudSet(
+        ids=np.concatenate(parts["id"]),
+        groups=np.concatenate(parts["group"]),
+        crystal_systems=np.concatenate(parts["symmetry/crystal_system"]),
+        labels=_join_labels(labels, sizes),
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        hkl_P3=torch.from_numpy(np.concatenate(parts["hkl"])),
+        q_P3=torch.from_numpy(np.concatenate(parts["q"])),
+        intensity_P=torch.from_numpy(np.concatenate(parts["intensity"])),
+        multiplicity_P=torch.from_numpy(np.concatenate(parts["multiplicity"])).long(),
+        lattice_N33=torch.from_numpy(np.concatenate(parts["lattice"])).float(),
+    )
+    return whole.subset(np.argsort(whole.ids, kind="stable"))
+
+
+def _join_labels(
+    parts: Sequence[dict[str, NDArray[np.float64]]], sizes: Sequence[int]
+) -> dict[str, NDArray[np.float64]]:
+    names = sorted({name for part in parts for name in part})
+    return {
+        name: np.concatenate(
+            [part.get(name, np.full(n, np.nan)) for part, n in zip(parts, sizes, strict=True)]
+        )
+        for name in names
+    }

@@ -1,0 +1,138 @@
+"""Data-parallel training: long-lived Ray actors that share each batch over torch.distributed.
+
+Own actors rather than Ray Train: a two-worker fit starts in about 3 s instead of 11 to 14, and the
+loop is the one of a single worker, so that both give the same result within rounding.
+"""
+
+import csv
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.ray_session import local_ray
+from training.config import TrainingConfig
+from training.dataset import load
+from training.loop import Progress, fit
+from training.tensorboard import log_epochs
+
+
+class Group:
+    """The workers of a torch.distributed process group."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its sum over the workers: one message for all of them."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def gather(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """All workers' rows, interleaved: row i of worker r is row i·size + r of the answer."""
+        where = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = torch.tensor([len(rows)], device=where)
+        dist.all_reduce(total)
+        count, longest = int(total), -(-int(total) // self.size)
+        padded = torch.zeros(longest, rows.shape[1], device=where)
+        padded[: len(rows)] = torch.from_numpy(rows)
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        whole: NDArray[np.float32] = torch.stack(parts, dim=1).flatten(0, 1)[:count].cpu().numpy()
+        return whole
+
+
+class _Worker:
+    def rendezvous(self) -> str:
+        """A free address on this worker's node for the process group to meet at."""
+        import ray
+
+        ip = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((ip, 0))
+            return f"tcp://{ip}:{probe.getsockname()[1]}"
+
+    def fit(
+        self,
+        rank: int,
+        meeting: str,
+        dataset: str,
+        run: str,
+        config: TrainingConfig,
+        identity: dict[str, Any],
+        resume: bool,
+    ) -> None:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=config.workers)
+        try:
+            with log_epochs(Path(run), rank == 0) as log:
+                fit(
+                    Path(run),
+                    load(Path(dataset)),
+                    config,
+                    identity=identity,
+                    resume=resume,
+                    peers=Group(),
+                    progress=log,
+                )
+        finally:
+            dist.destroy_process_group()
+
+
+def fit_on_workers(
+    dataset: Path,
+    run: Path,
+    config: TrainingConfig,
+    *,
+    identity: dict[str, Any],
+    resume: bool,
+    progress: Callable[[Progress], None],
+) -> None:
+    """`training.loop.fit` on `config.workers` Ray actors of this machine.
+
+    Raises:
+        UserError: as `fit` does, from whichever worker it came.
+    """
+    gpus = 1 if torch.cuda.is_available() else 0
+    with local_ray(config.workers):
+        import ray
+
+        kind: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
+        workers = [kind.remote() for _ in range(config.workers)]
+        meeting = ray.get(workers[0].rendezvous.remote())
+        arguments = (meeting, str(dataset), str(run), config, identity, resume)
+        waiting = [w.fit.remote(rank, *arguments) for rank, w in enumerate(workers)]
+        shown = 0
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=0.5)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            shown = _show(run, config, shown, progress)
+
+
+def _show(
+    run: Path, config: TrainingConfig, shown: int, progress: Callable[[Progress], None]
+) -> int:
+    """Report the epochs that worker 0 has written since `shown`."""
+    try:
+        with (run / "history.csv").open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except FileNotFoundError:
+        return shown
+    for row in rows[shown:]:
+        record = {name: float(value) for name, value in row.items()}
+        progress(Progress(int(record["epoch"]), config.epochs, 1, 1, record))
+    return len(rows)

@@ -1,0 +1,73 @@
+"""Figures for TensorBoard."""
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from training.dataset import CloudSet
+
+matplotlib.use("Agg", force=False)
+
+
+def confusion_figure(counts_CC: NDArray[np.int64], classes: tuple[str, ...]) -> Figure:
+    """Rows are true classes; shade is the part of a row, figures are counts."""
+    counts = np.asarray(counts_CC)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(1.6 + 0.7 * len(classes), 1.4 + 0.6 * len(classes)), tight_layout=True)
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        ink = "black" if shares[row, column] > 0.5 else "white"
+        axes.text(column, row, str(count), ha="center", va="center", color=ink)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    return figure
+
+
+def curves_figure(
+    target_N: NDArray[np.int64], probability_NC: NDArray[np.float64], classes: tuple[str, ...]
+) -> Figure:
+    """ROC and precision–recall, one line a class (only class 1 of a binary task)."""
+    figure = Figure(figsize=(9, 4), tight_layout=True)
+    roc, pr = figure.subplots(1, 2)
+    for c in [1] if len(classes) == 2 else range(len(classes)):
+        positive = target_N == c
+        if not 0 < positive.sum() < len(positive):
+            continue
+        score = probability_NC[:, c]
+        order = np.argsort(-score, kind="stable")
+        last = np.r_[np.diff(score[order]) != 0, True]  # one point a distinct score
+        hits = np.cumsum(positive[order])[last]
+        misses = np.cumsum(~positive[order])[last]
+        roc.plot(
+            np.r_[0, misses / (~positive).sum()],
+            np.r_[0, hits / positive.sum()],
+            label=classes[c],
+        )
+        pr.step(hits / positive.sum(), hits / (hits + misses), where="post", label=classes[c])
+    roc.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+    roc.set(xlabel="false positive rate", ylabel="true positive rate")
+    pr.set(xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+    roc.legend()
+    return figure
+
+
+def cloud_figure(data: CloudSet, row: int) -> Figure:
+    """One diffraction cloud in 3D; area and colour grow with the logarithm of the intensity."""
+    chosen = data.subset(np.array([row]))
+    q = chosen.q_P3.numpy()
+    intensity = chosen.intensity_P.numpy()
+    level = np.log10(np.maximum(intensity, intensity.max() * 1e-6) / max(intensity.max(), 1e-30))
+    figure = Figure(figsize=(6, 5), tight_layout=True)
+    axes: Any = figure.add_subplot(projection="3d")
+    q, level = np.concatenate([q, -q]), np.concatenate([level, level])
+    points = axes.scatter(*q.T, s=4 + 10 * (level + 6), c=level, cmap="cividis")
+    figure.colorbar(points, label="log₁₀ I / I_max", shrink=0.7)
+    axes.set(xlabel="q_x (1/Å)", ylabel="q_y (1/Å)", zlabel="q_z (1/Å)")
+    axes.set_title(f"{chosen.ids[0]} ({chosen.crystal_systems[0]})")
+    return figure

@@ -1,0 +1,304 @@
+"""The training loop: exact resumption, one process or several.
+
+Nothing random is carried from step to step: the order of an epoch is drawn from (seed, epoch),
+the rotations of a step from (seed, epoch, step). A checkpoint therefore needs only the position,
+and several workers that share a batch draw the same numbers and keep their part.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.errors import UserError
+from cluster.files import write_text
+from training import checkpoint
+from training.config import TrainingConfig
+from training.dataset import CloudSet
+from training.metrics import score
+from training.models import PointNet
+from training.rotations import random_rotations
+from training.split import Parts
+
+CHECKPOINT = "checkpoint.safetensors"
+MODEL = "model.safetensors"
+
+
+class Peers(Protocol):
+    """The workers that share each batch."""
+
+    rank: int
+    size: int
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its sum over the workers."""
+
+    def gather(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """All workers' rows, interleaved: row i of worker r is row i·size + r of the answer."""
+
+
+class Alone:
+    """One worker."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        pass
+
+    def gather(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a training stands; `epoch` is finished when `step == steps`."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    record: dict[str, float] | None  # the epoch's row of history.csv when finished
+
+
+@dataclass
+class _Position:
+    """All of a training that is neither weights nor optimizer state."""
+
+    epoch: int = 0
+    step: int = 0  # in the epoch
+    loss_sum: float = 0.0  # over the crystals of this epoch so far
+    best_epoch: int = -1
+    best: list[float] = field(default_factory=list)  # validation AUROC, −loss
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def build_model(config: TrainingConfig, data: CloudSet, rows: Tensor) -> PointNet:
+    """The network with seeded weights; its feature scales come from the training rows alone."""
+    train = data.subset(rows.numpy())
+    present = train.intensity_P[train.intensity_P > 0]
+    torch.manual_seed(config.seed)
+    return PointNet(
+        classes=len(config.question.classes),
+        width=config.width,
+        q_scale=float(train.q_P3.square().sum(dim=1).mean().sqrt()) or 1.0,
+        intensity_scale=float(present.median()) if len(present) else 1.0,
+    )
+
+
+def device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def predict(
+    model: PointNet, data: CloudSet, rows: Tensor, batch_size: int, peers: Peers | None = None
+) -> NDArray[np.float32]:
+    """(len(rows), C) logits in the order of `rows`."""
+    peers = peers or Alone()
+    where = next(model.parameters()).device
+    model.eval()
+    mine = rows[peers.rank :: peers.size]
+    parts = []
+    for part in mine.split(batch_size):
+        with _autocast(where):
+            parts.append(model(data.batch(part).to(where)).float().cpu())
+    logits = torch.cat(parts) if parts else torch.zeros(0, model.classes)
+    return peers.gather(logits.numpy())
+
+
+def fit(
+    run: Path,
+    data: CloudSet,
+    config: TrainingConfig,
+    *,
+    identity: dict[str, Any],
+    resume: bool = False,
+    peers: Peers | None = None,
+    progress: Callable[[Progress], None] = lambda at: None,
+    stop_after: int | None = None,
+) -> PointNet | None:
+    """Train; write checkpoints, `history.csv` and the best model into `run` (worker 0 only).
+
+    Args:
+        identity: what the data is (content hash, arm); a checkpoint of other data is refused.
+        resume: go on from the checkpoint in `run` if there is one; the result is bit for bit
+            that of a training which was never interrupted.
+        stop_after: leave after this many steps in this call, as a job at its time limit does.
+
+    Returns:
+        The model of the best validation epoch, or None when stopped early.
+
+    Raises:
+        UserError: no usable classes, or a checkpoint of another training.
+    """
+    peers = peers or Alone()
+    parts = Parts.of(data, config)
+    where = device()
+    model = build_model(config, data, parts.rows["train"]).to(where)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    at, best = _Position(), dict(model.state_dict())
+    signature = {"config": config.model_dump(exclude={"workers"}), "identity": identity}
+    path = run / CHECKPOINT
+    if resume and path.exists():
+        at, best = _restore(path, signature, model, optimizer)
+    best = {name: tensor.detach().clone() for name, tensor in best.items()}
+    train = parts.rows["train"]
+    steps = math.ceil(len(train) / config.batch_size)
+    taken = 0
+    while at.epoch < config.epochs:
+        order = train[torch.randperm(len(train), generator=_generator(config.seed, at.epoch))]
+        while at.step < steps:
+            rate = learning_rate(at.epoch * steps + at.step, config.epochs * steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            rows = order[at.step * config.batch_size : (at.step + 1) * config.batch_size]
+            rotations = random_rotations(len(rows), _generator(config.seed, at.epoch, at.step))
+            at.loss_sum += _step(model, optimizer, data, parts, rows, rotations, peers)
+            at.step += 1
+            taken += 1
+            if at.step < steps:
+                if peers.rank == 0 and (at.step % config.checkpoint_steps == 0):
+                    _save(path, at, best, signature, model, optimizer)
+                progress(Progress(at.epoch, config.epochs, at.step, steps, None))
+                if taken == stop_after:
+                    return None
+        record = _validate(model, data, parts, config, peers, at, rate)
+        standing = [record["validation_auroc"], -record["validation_loss"]]
+        if not at.best or standing > at.best:
+            at.best, at.best_epoch = standing, at.epoch
+            best = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        at.history.append(record)
+        at.epoch, at.step, at.loss_sum = at.epoch + 1, 0, 0.0
+        if peers.rank == 0:
+            _save(path, at, best, signature, model, optimizer)
+            write_text(run / "history.csv", _table(at.history))
+        progress(Progress(at.epoch - 1, config.epochs, steps, steps, record))
+        if taken == stop_after and at.epoch < config.epochs:
+            return None
+    model.load_state_dict(best)
+    if peers.rank == 0:
+        checkpoint.save(run / MODEL, best, signature | {"best_epoch": at.best_epoch})
+    return model
+
+
+def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then a cosine to 0 at the last of `steps`."""
+    warmup = max(1, round(config.warmup_fraction * steps))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    fraction = (step - warmup) / max(1, steps - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def _step(
+    model: PointNet,
+    optimizer: torch.optim.Optimizer,
+    data: CloudSet,
+    parts: Parts,
+    rows_B: Tensor,
+    rotations_B33: Tensor,
+    peers: Peers,
+) -> float:
+    """One update; returns the loss summed over the crystals of the whole batch."""
+    where = next(model.parameters()).device
+    model.train()
+    optimizer.zero_grad(set_to_none=False)
+    mine = slice(peers.rank, None, peers.size)
+    batch = data.batch(rows_B[mine]).rotated(rotations_B33[mine]).to(where)
+    with _autocast(where):
+        logits = model(batch).float()
+        loss = torch.nn.functional.cross_entropy(
+            logits, parts.target_N[rows_B[mine]].to(where), reduction="sum"
+        )
+    (loss / len(rows_B)).backward()
+    total = loss.detach()
+    peers.sum([*(p.grad for p in model.parameters() if p.grad is not None), total])
+    optimizer.step()
+    return float(total)
+
+
+def _validate(
+    model: PointNet,
+    data: CloudSet,
+    parts: Parts,
+    config: TrainingConfig,
+    peers: Peers,
+    at: _Position,
+    rate: float,
+) -> dict[str, float]:
+    rows = parts.rows["validation"]
+    logits = torch.from_numpy(predict(model, data, rows, config.batch_size, peers))
+    target = parts.target_N[rows]
+    scores = score(target.numpy(), logits.double().softmax(dim=1).numpy())
+    return {
+        "epoch": at.epoch,
+        "train_loss": at.loss_sum / len(parts.rows["train"]),
+        "validation_loss": float(torch.nn.functional.cross_entropy(logits, target)),
+        "validation_auroc": float(scores["auroc"][0]),
+        "validation_balanced_accuracy": float(scores["balanced_accuracy"][0]),
+        "learning_rate": rate,
+    }
+
+
+def _save(
+    path: Path,
+    at: _Position,
+    best: dict[str, Tensor],
+    signature: dict[str, Any],
+    model: PointNet,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    tensors = (
+        checkpoint.pack("model", model.state_dict())
+        | checkpoint.pack("best", best)
+        | checkpoint.pack("optimizer", checkpoint.optimizer_tensors(optimizer))
+        | {"rng": torch.get_rng_state()}
+    )
+    checkpoint.save(path, tensors, signature | {"position": vars(at)})
+
+
+def _restore(
+    path: Path, signature: dict[str, Any], model: PointNet, optimizer: torch.optim.Optimizer
+) -> tuple[_Position, dict[str, Tensor]]:
+    tensors, state = checkpoint.read(path)
+    for part, asked in signature.items():
+        for key, value in asked.items():
+            if state[part].get(key) != value:
+                raise UserError(
+                    f"{path} belongs to another training: {key} = {state[part].get(key)!r} there, "
+                    f"{value!r} now",
+                    remedy="resume with the same configuration, or train into a new folder",
+                )
+    model.load_state_dict(checkpoint.unpack("model", tensors))
+    checkpoint.restore_optimizer(optimizer, checkpoint.unpack("optimizer", tensors))
+    torch.set_rng_state(tensors["rng"])
+    return _Position(**state["position"]), checkpoint.unpack("best", tensors)
+
+
+def _generator(*words: int) -> torch.Generator:
+    seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) >> 1)
+
+
+def _autocast(where: torch.device) -> torch.autocast:
+    return torch.autocast(where.type, dtype=torch.bfloat16, enabled=where.type == "cuda")
+
+
+def _table(history: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()

@@ -1,0 +1,86 @@
+"""Train, validation and test: decided by a hash of the group, never by a seed.
+
+Every model, seed and ablation arm meets the same test crystals, crystals of one group never
+stand on two sides, and a crystal keeps its side when the dataset grows.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.errors import UserError
+from training.config import TrainingConfig
+from training.dataset import CloudSet
+from training.tasks import UNKNOWN
+
+SPLITS = ("train", "validation", "test")
+_SALT = b"crystal-genome split 1:"
+
+
+def split_of(
+    groups_N: Sequence[str], validation_fraction: float, test_fraction: float
+) -> NDArray[np.str_]:
+    """(N,) names of SPLITS. The test side depends on `test_fraction` alone."""
+    position = {group: _position(group) for group in set(groups_N)}
+    u_N = np.array([position[group] for group in groups_N])
+    sides = np.where(u_N < test_fraction, "test", "train")
+    return np.where(u_N >= 1.0 - validation_fraction, "validation", sides)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Rows of the crystals of known class, by split, and the class of every crystal."""
+
+    target_N: Tensor  # int64, UNKNOWN where the label is
+    rows: dict[str, Tensor]  # split → int64 rows
+
+    @classmethod
+    def of(cls, data: CloudSet, config: TrainingConfig) -> "Parts":
+        """Split a dataset for the config's task.
+
+        Raises:
+            UserError: the label is not in the dataset, or a class is missing in a split.
+        """
+        task = config.question
+        if task.threshold is None:
+            values: Any = data.crystal_systems
+        elif task.label in data.labels:
+            values = data.labels[task.label]
+        else:
+            raise UserError(
+                f"the dataset has no label {task.label}, which task {task.name} needs",
+                remedy=f"choose another task; it has {', '.join(data.labels) or 'no labels'}",
+            )
+        target = task.target(values)
+        sides = split_of(list(data.groups), config.validation_fraction, config.test_fraction)
+        known = target != UNKNOWN
+        rows = {s: np.flatnonzero(known & (sides == s)) for s in SPLITS}
+        present = set(np.unique(target[known]).tolist())
+        for name, part in rows.items():
+            have = set(np.unique(target[part]).tolist())
+            if len(have) < 2 or (name == "train" and have != present):
+                missing = [task.classes[c] for c in sorted(present - have)] or list(task.classes)
+                raise UserError(
+                    f"{name}: {len(part)} crystals, none of class {', '.join(missing)}",
+                    remedy="give more crystals, or another threshold or split fraction",
+                )
+        return cls(torch.from_numpy(target), {n: torch.from_numpy(r) for n, r in rows.items()})
+
+    def class_counts(self, classes: tuple[str, ...]) -> dict[str, dict[str, int]]:
+        """Split → class → number of crystals."""
+        return {
+            side: {name: int((self.target_N[rows] == c).sum()) for c, name in enumerate(classes)}
+            for side, rows in self.rows.items()
+        }
+
+
+def _position(group: str) -> float:
+    """Uniform in [0, 1), the same on every machine."""
+    digest = hashlib.sha256(_SALT + group.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,0 +1,61 @@
+"""What TensorBoard shows of a run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+
+from training.dataset import CloudSet
+from training.figures import cloud_figure, confusion_figure, curves_figure
+from training.loop import Progress
+from training.split import Parts
+from training.tasks import Task
+
+_FOLDER = "tensorboard"
+
+
+@contextmanager
+def log_epochs(run: Path, writes: bool = True) -> Iterator[Callable[[Progress], None]]:
+    """A progress callback that logs each finished epoch's losses, metrics and learning rate."""
+    if not writes:
+        yield lambda at: None
+        return
+    writer = SummaryWriter(str(run / _FOLDER))
+
+    def log(at: Progress) -> None:
+        for name, value in (at.record or {}).items():
+            if name != "epoch":
+                writer.add_scalar(name.replace("_", "/", 1), value, at.epoch)
+        if at.record:
+            writer.flush()
+
+    try:
+        yield log
+    finally:
+        writer.close()
+
+
+def log_evaluation(
+    run: Path,
+    data: CloudSet,
+    parts: Parts,
+    probability_NC: NDArray[np.float64],
+    task: Task,
+    answer: dict[str, Any],
+) -> None:
+    """Figures of the test split: confusion matrix, ROC and PR curves, one cloud; its metrics."""
+    rows = parts.rows["test"]
+    step = int(answer["best_epoch"])
+    with SummaryWriter(str(run / _FOLDER)) as writer:
+        matrix = np.array(answer["confusion_matrix"])
+        writer.add_figure("test/confusion_matrix", confusion_figure(matrix, task.classes), step)
+        target = parts.target_N[rows].numpy()
+        writer.add_figure("test/curves", curves_figure(target, probability_NC, task.classes), step)
+        writer.add_figure("test/cloud", cloud_figure(data, int(rows[0])), step)
+        for name, interval in answer["metrics"].items():
+            if interval["value"] is not None:
+                writer.add_scalar(f"test/{name}", interval["value"], step)

@@ -1,0 +1,61 @@
+"""One training run from dataset to metrics: the folder that `xtal train` writes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import UserError
+from cluster.files import write_text
+from cluster.provenance import provenance
+from featurization.shards import read_manifest
+from training.config import TrainingConfig
+from training.dataset import load
+from training.distributed import fit_on_workers
+from training.evaluate import evaluate_run
+from training.loop import CHECKPOINT, Progress, fit
+from training.tensorboard import log_epochs
+
+
+def train(
+    dataset: Path,
+    run: Path,
+    config: TrainingConfig,
+    *,
+    resume: bool = False,
+    progress: Callable[[Progress], None] = lambda at: None,
+) -> dict[str, Any]:
+    """Train and evaluate; returns the content of `metrics.json`.
+
+    `run` gets config.json, checkpoint.safetensors, model.safetensors, history.csv, metrics.json,
+    predictions.parquet and tensorboard/.
+
+    Raises:
+        UserError: no dataset, no usable classes, or `run` holds another training.
+    """
+    identity = {"content_hash": read_manifest(dataset)["content_hash"]}
+    if (run / CHECKPOINT).exists() and not resume:
+        raise UserError(
+            f"{run} holds a training already", remedy="add --resume to go on, or give a new folder"
+        )
+    if not resume and run.exists() and any(run.iterdir()):
+        raise UserError(f"{run} is not empty", remedy="give a new folder")
+    if not (run / "config.json").exists():
+        recorded = {
+            "dataset": str(dataset.resolve()),
+            "training": config.model_dump(),
+            "identity": identity,
+            "provenance": provenance(),
+        }
+        write_text(run / "config.json", json.dumps(recorded, indent=1))
+    if config.workers > 1:
+        fit_on_workers(dataset, run, config, identity=identity, resume=resume, progress=progress)
+    else:
+        with log_epochs(run) as log:
+
+            def both(at: Progress) -> None:
+                log(at)
+                progress(at)
+
+            fit(run, load(dataset), config, identity=identity, resume=resume, progress=both)
+    return evaluate_run(run, dataset)
