@@ -3,12 +3,16 @@
 import os
 import sys
 import traceback
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 from cluster.errors import UserError
 
 # What each launcher says of the number of processes that it started.
 _LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+Result = TypeVar("Result")
 
 
 class Ranks(Protocol):
@@ -92,3 +96,21 @@ def ranks() -> Ranks:
             remedy="use the mpiexec of mpi4py's own MPI, or srun --mpi=pmi2",
         )
     return world
+
+
+def agree(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """Do local work on every rank; if it is a `UserError` on one of them, it is one on all.
+
+    Without this, the ranks that succeeded would wait for ever for the one that did not.
+    """
+    result: Any = None
+    failure = None
+    try:
+        result = work()
+    except UserError as error:
+        failure = error.problem, error.remedy
+    failures = ranks.broadcast([f for f in ranks.gather(failure) or [] if f])
+    if failures:
+        raise UserError(failures[0][0], remedy=failures[0][1])
+    answer: Result = result
+    return answer

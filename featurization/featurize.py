@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster.errors import UserError
 from cluster.files import write_text
-from cluster.mpi import Ranks
+from cluster.mpi import Ranks, agree
 from cluster.provenance import provenance
 from featurization.cells import standardize
 from featurization.cloud import diffraction_cloud
@@ -32,7 +32,7 @@ from featurization.shards import (
     write_shard,
     write_virtual,
 )
-from featurization.sources import Record, Source
+from featurization.sources import Record, Source, open_source
 
 # Records that a rank takes at a time: many enough to balance cheap and costly crystals.
 _BLOCK = 32
@@ -57,8 +57,8 @@ def featurize_one(source: Source, record: Record, config: FeaturizationConfig) -
     """
     try:
         crystal = source.parse(record)
-        if not crystal.id:
-            raise Reject("source", "no id")
+        if not crystal.id or not crystal.id.isprintable():
+            raise Reject("source", f"id {crystal.id!r} is empty or has unprintable characters")
         standard, symmetry = standardize(crystal, config.cell, config.symprec)
         formula = standard.reduced_formula
         return Entry(
@@ -76,7 +76,7 @@ def featurize_one(source: Source, record: Record, config: FeaturizationConfig) -
 
 
 def featurize(
-    source: Source,
+    spec: str,
     out: Path,
     config: FeaturizationConfig,
     ranks: Ranks,
@@ -85,14 +85,16 @@ def featurize(
     """Featurize a source into the folder `out`; every rank of the job calls this.
 
     Args:
+        spec: names the source, see `featurization.sources.open_source`.
         progress: called with the number of records that were passed so far.
 
     Returns:
         The manifest. A finished `out` of the same source and config is left as it is.
 
     Raises:
-        UserError: `out` holds something else, or no crystal could be featurized.
+        UserError: no such source, `out` holds something else, or no crystal could be featurized.
     """
+    source = agree(ranks, lambda: open_source(spec, id_prop_label=config.id_prop_label))
     described = ranks.broadcast(source.describe() if ranks.rank == 0 else None)
     refusal = ranks.broadcast(_prepare(out, described, config) if ranks.rank == 0 else None)
     if isinstance(refusal, UserError):
@@ -115,7 +117,8 @@ def featurize(
         try:
             pending.append(featurize_one(source, record, config))
         except Reject as reject:
-            rejects.append(RejectRow(record.index, record.id, reject.stage, reject.reason))
+            id_, reason = _writable(record.id), _writable(reject.reason)
+            rejects.append(RejectRow(record.index, id_, reject.stage, reason))
         if len(pending) == config.shard_structures:
             close_shard()
     if pending:
@@ -129,7 +132,8 @@ def featurize(
         all_places = [place for _, _, part in gathered for place in part]
         try:
             all_rejects += _drop_duplicates(out, all_shards, all_places, config)
-            outcome = _finish(out, all_shards, all_rejects, described, config)
+            asked = {"source": described, "source_spec": _absolute(spec)}
+            outcome = _finish(out, all_shards, all_rejects, asked, config)
         except UserError as error:
             outcome = error
     outcome = ranks.broadcast(outcome)
@@ -146,6 +150,17 @@ def _own_records(
         progress(record.index + 1)
         if record.index // _BLOCK % ranks.size == ranks.rank:
             yield record
+
+
+def _absolute(spec: str) -> str:
+    """The source's word, independent of the working folder: `verify` opens it again."""
+    return str(Path(spec).resolve()) if Path(spec).exists() else spec
+
+
+def _writable(text: str) -> str:
+    """Broken encodings and line ends made visible."""
+    visible = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in visible)
 
 
 def _prepare(
@@ -221,7 +236,7 @@ def _finish(
     out: Path,
     shards: list[dict[str, Any]],
     rejects: list[RejectRow],
-    described: dict[str, Any],
+    asked: dict[str, Any],
     config: FeaturizationConfig,
 ) -> dict[str, Any]:
     rejects = sorted(rejects, key=lambda row: row.source_index)
@@ -245,7 +260,7 @@ def _finish(
         "points": sum(shard["points"] for shard in shards),
         "content_hash": content_hash(int(shard["content_hash"], 16) for shard in shards),
         "config": config.model_dump(),
-        "source": described,
+        **asked,
         "shards": shards,
         "provenance": provenance(),
     }

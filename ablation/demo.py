@@ -1,0 +1,128 @@
+"""The whole experiment at a laptop's size: featurize, train, six arms × two seeds, report."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from ablation.grid import GridConfig
+from ablation.report import write_report
+from ablation.run import run_grid
+from cluster.config import build_config
+from cluster.errors import UserError
+from cluster.mpi import OneProcess
+from featurization.config import FeaturizationConfig
+from featurization.featurize import featurize
+from training.config import TrainingConfig
+from training.train import train
+
+PROTOTYPES = "prototypes:1400"
+# The paper's point selection; small networks and few epochs, so that 13 trainings fit.
+_FEATURIZATION = FeaturizationConfig(selection="miller:3")
+_TRAINING = {"width": 128, "epochs": 8, "learning_rate": 4e-3}
+_SEEDS = (0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the demo with a progress bar of its own."""
+
+    title: str
+    total: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The paper's question, this run's answer to it, and where to read more."""
+
+    sentences: tuple[str, ...]
+    report: Path
+
+
+Bars = Callable[[Stage], AbstractContextManager[Callable[[float], None]]]
+
+
+def run_demo(folder: Path, source: str | None, task: str, bar: Bars) -> Answer:
+    """Run what is not there yet of the demo in `folder`; a second call goes on where one stopped.
+
+    Args:
+        source: as for `xtal featurize`; None takes the embedded prototypes.
+        bar: opens a progress bar for a stage.
+
+    Raises:
+        UserError: from any of its parts.
+    """
+    training = build_config(TrainingConfig, {"task": task, **_TRAINING}, where="options")
+    dataset = folder / "dataset"
+    spec = source or PROTOTYPES
+    if source is None and task != "crystal_system":
+        raise UserError(
+            f"task {task} needs labels, and the embedded prototypes know only crystal_system",
+            remedy="give your crystals with --source FILE",
+        )
+    with bar(Stage("featurize", None)) as update:
+        _featurize(spec, dataset, update)
+    with bar(Stage("train", training.epochs)) as update:
+        train(
+            dataset,
+            folder / "train",
+            training,
+            resume=True,
+            progress=lambda at: update(at.epoch + at.step / at.steps),
+        )
+    grid = GridConfig(dataset=str(dataset.resolve()), seeds=_SEEDS, training=training)
+    trials = len(grid.arms) * len(grid.seeds)
+    with bar(Stage(f"ablate ({trials} trainings)", trials * training.epochs)) as update:
+        counts = run_grid(grid, folder / "ablation", progress=lambda at: update(at.epochs))
+    if counts["failed"]:
+        raise UserError(
+            f"{counts['failed']} trials failed",
+            remedy=f"see {folder / 'ablation' / 'results.jsonl'}; run the demo again to retry",
+        )
+    report = write_report(folder / "ablation", dataset=dataset)
+    return Answer(_sentences(folder / "ablation", training), report)
+
+
+def _featurize(spec: str, dataset: Path, update: Callable[[float], None]) -> None:
+    """On two MPI ranks where there is an mpiexec, else in this process."""
+    mpiexec = which("mpiexec", path=str(Path(sys.executable).parent)) or which("mpiexec")
+    if mpiexec is None:
+        featurize(spec, dataset, _FEATURIZATION, OneProcess(), update)
+        return
+    command = [mpiexec, "-n", "2", sys.executable, "-m", "xtal", "featurize", spec, str(dataset)]
+    command += ["--selection", _FEATURIZATION.selection]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"mpiexec -n 2 xtal featurize {spec} failed:\n{done.stderr.strip()}",
+            remedy="mend the source, or the MPI installation",
+        )
+
+
+def _sentences(folder: Path, training: TrainingConfig) -> tuple[str, ...]:
+    task = training.question
+    metrics = pq.read_table(folder / "metrics.parquet").to_pylist()
+    effects = pq.read_table(folder / "effects.parquet").to_pylist()
+    none = next(r for r in metrics if r["arm"] == "none" and r["metric"] == "auroc")
+    lines = [
+        "Does structure alone, without chemistry, tell what a crystal does?",
+        f"Asked here: {task.question}",
+        f"AUROC on unseen test groups: {_with_interval(none, 'value')} "
+        f"({len(_SEEDS)} seeds; 0.5 is guessing, 1 is perfect).",
+        "What it loses when the pattern is perturbed and the network trained again:",
+    ]
+    for row in (r for r in effects if r["metric"] == "auroc"):
+        resolved = row["low"] > 0 or row["high"] < 0
+        note = "" if resolved else "  (not resolved from zero)"
+        lines.append(f"  {row['arm']:<20}{_with_interval(row, 'difference', '+')}{note}")
+    return tuple(lines)
+
+
+def _with_interval(row: dict[str, Any], key: str, sign: str = "") -> str:
+    return f"{row[key]:{sign}.3f} [{row['low']:{sign}.3f}, {row['high']:{sign}.3f}]"

@@ -1,0 +1,303 @@
+"""Tables of an ablation: planted effects, planted nulls, pairing, and tables that do not fit."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from ablation.stats import effect_table, metric_table
+from training.metrics import METRICS, evaluate, group_weights, score
+
+
+def _simulated(random, skills, *, seeds=3, crystals=150, between=0.0, paired_between=0.0):
+    """One binary task: arm → skill; half of the groups have two crystals.
+
+    Hard crystals are hard for all trials; each training adds noise of its own, and, by `between`,
+    a skill of its own, by `paired_between` one that all arms of this seed share.
+    """
+    group = np.minimum(np.arange(crystals), np.arange(crystals) % (2 * crystals // 3))
+    labels = random.integers(2, size=crystals)
+    hard = random.normal(size=crystals) + 0.7 * random.normal(size=crystals)[group]
+    tables = []
+    for seed in range(seeds):
+        common = paired_between * random.normal()
+        for arm, skill in skills.items():
+            gain = skill + common + between * random.normal()
+            logit = gain * (2 * labels - 1) + hard + 0.3 * random.normal(size=crystals)
+            p = 1 / (1 + np.exp(-logit))
+            tables.append(_table(f"{arm}-{seed}", arm, seed, group, labels, [1 - p, p]))
+    return pa.concat_tables(tables)
+
+
+def _table(trial, arm, seed, group, labels, columns):
+    number = len(labels)
+    return pa.table(
+        {
+            "trial": [trial] * number,
+            "arm": [arm] * number,
+            "seed": [seed] * number,
+            "id": [f"mp-{i}" for i in range(number)],
+            "group": [f"g{g}" for g in group],
+            "label": labels,
+            **{f"p{c}": column for c, column in enumerate(columns)},
+        }
+    )
+
+
+def _row(table, arm, metric="auroc"):
+    (row,) = (r for r in table.to_pylist() if r["arm"] == arm and r["metric"] == metric)
+    return row
+
+
+def _trial(predictions, name):
+    """Labels, probabilities and groups of one trial, as they stand in the table."""
+    rows = predictions.filter(pc.equal(predictions["trial"], name))
+    names = [name for name in rows.column_names if name[0] == "p" and name[1:].isdigit()]
+    probabilities = np.stack([rows[name].to_numpy() for name in names], axis=1)
+    return rows["label"].to_numpy(), probabilities, rows["group"].to_pylist()
+
+
+def test_tables_have_the_columns_the_report_reads_in_the_order_of_appearance():
+    random = np.random.default_rng(0)
+    predictions = _simulated(random, {"none": 1.5, "z": 1.0, "a": 0.5}, seeds=2)
+    table = metric_table(predictions, resamples=20)
+    assert table.column_names == ["arm", "metric", "value", "low", "high"]
+    assert table["arm"].to_pylist() == [a for a in ("none", "z", "a") for _ in METRICS]
+    assert table["metric"].to_pylist() == list(METRICS) * 3
+    effects = effect_table(predictions, resamples=20)
+    assert effects.column_names == [
+        *("arm", "metric", "none", "value", "difference", "low", "high", "seeds")
+    ]
+    assert effects["arm"].to_pylist() == [a for a in ("z", "a") for _ in METRICS]
+    assert pa.types.is_integer(effects.schema.field("seeds").type)
+    only = predictions.filter(pc.equal(predictions["arm"], "none"))
+    assert effect_table(only, resamples=20).num_rows == 0
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_one_seed_is_the_group_bootstrap_of_the_crystals(classes):
+    random = np.random.default_rng(1)
+    labels = random.integers(classes, size=120)
+    tables = []
+    for arm in ("none", "radial"):
+        p = random.dirichlet(np.ones(classes), size=120) + np.eye(classes)[labels] * 0.2
+        p /= p.sum(axis=1, keepdims=True)
+        tables.append(_table(arm, arm, 7, np.arange(120) // 2, labels, p.T))
+    predictions = pa.concat_tables(tables)
+    table = metric_table(predictions, resamples=50, seed=3)
+    effects = effect_table(predictions, resamples=50, seed=3)
+    samples = {}
+    for arm in ("none", "radial"):
+        labels, p, groups = _trial(predictions, arm)
+        alone = evaluate(labels, p, groups, resamples=50, seed=3)
+        for name, interval in alone.items():
+            row = _row(table, arm, name)
+            expected = [interval.value, interval.low, interval.high]
+            assert [row["value"], row["low"], row["high"]] == pytest.approx(expected, abs=1e-12)
+        samples[arm] = score(labels, p, group_weights(groups, 50, 3))
+    for name in METRICS:
+        row = _row(effects, "radial", name)
+        difference = samples["radial"][name] - samples["none"][name]
+        assert [row["low"], row["high"]] == pytest.approx(
+            np.nanpercentile(difference, (2.5, 97.5)), abs=1e-12
+        )
+        assert row["difference"] == pytest.approx(row["value"] - row["none"], abs=1e-12)
+        assert row["seeds"] == 1
+
+
+def test_the_hierarchical_bootstrap_is_the_one_written_out_row_by_row():
+    random = np.random.default_rng(2)
+    predictions = _simulated(random, {"none": 1.2, "radial": 1.0}, between=0.4, crystals=80)
+    trials = {a: [_trial(predictions, f"{a}-{s}") for s in range(3)] for a in ("none", "radial")}
+    labels, _, groups = trials["none"][0]
+    members = {g: np.flatnonzero(np.array(groups) == g) for g in set(groups)}
+
+    def auroc(trial, rows):
+        return score(labels[rows], trial[1][rows])["auroc"][0]
+
+    draws, fixed = [], []
+    for _ in range(400):
+        names = random.choice(sorted(members), size=len(members))
+        rows = np.concatenate([members[name] for name in names])
+        gains = [
+            auroc(trials["radial"][s], rows) - auroc(trials["none"][s], rows) for s in range(3)
+        ]
+        draws.append(np.mean([gains[s] for s in random.integers(3, size=3)]))
+        fixed.append(np.mean(gains))
+    low, high = np.percentile(draws, (2.5, 97.5))
+    row = _row(effect_table(predictions, resamples=2000), "radial")
+    assert row["low"] == pytest.approx(low, abs=0.15 * (high - low))
+    assert row["high"] == pytest.approx(high, abs=0.15 * (high - low))
+    # The variant that must fail: all seeds in every resample.
+    low, high = np.percentile(fixed, (2.5, 97.5))
+    assert row["high"] - row["low"] > 1.3 * (high - low)
+
+
+def _one_seed(predictions):
+    return predictions.filter(pc.equal(predictions["seed"], 0))
+
+
+def test_a_planted_effect_is_found_and_has_the_planted_sign():
+    random = np.random.default_rng(3)
+    predictions = _simulated(random, {"none": 1.5, "worse": 0.5, "better": 2.5}, crystals=300)
+    effects = effect_table(predictions, resamples=300)
+    worse, better = _row(effects, "worse"), _row(effects, "better")
+    assert worse["low"] <= worse["difference"] <= worse["high"] < 0
+    assert 0 < better["low"] <= better["difference"] <= better["high"]
+    whole = [score(*_trial(predictions, f"worse-{s}")[:2])["auroc"][0] for s in range(3)]
+    assert worse["value"] == pytest.approx(np.mean(whole), abs=1e-12)
+    assert worse["none"] == pytest.approx(_row(metric_table(predictions), "none")["value"])
+
+
+def test_a_planted_null_is_rarely_called_an_effect():
+    # One pair per simulation: the interval is that of the crystals, and so is all of the noise.
+    random = np.random.default_rng(4)
+    called = 0
+    for seed in range(200):
+        predictions = _simulated(random, {"none": 1.0, "same": 1.0}, seeds=1, crystals=100)
+        row = _row(effect_table(predictions, resamples=200, seed=seed), "same")
+        called += not row["low"] <= 0 <= row["high"]
+    assert 0.005 <= called / 200 <= 0.12
+
+
+def test_chance_of_training_is_covered_by_several_seeds_and_not_by_one():
+    # Two arms of equal merit, trainings of very different success.
+    random = np.random.default_rng(5)
+    one, many = 0, 0
+    for seed in range(60):
+        predictions = _simulated(
+            random, {"none": 1.0, "same": 1.0}, seeds=8, crystals=100, between=0.3
+        )
+        row = _row(effect_table(predictions, resamples=150, seed=seed), "same")
+        many += not row["low"] <= 0 <= row["high"]
+        row = _row(effect_table(_one_seed(predictions), resamples=150, seed=seed), "same")
+        one += not row["low"] <= 0 <= row["high"]
+    assert many / 60 <= 0.25
+    assert one / 60 >= 0.4  # the variant that must fail
+
+
+def test_pairing_narrows_the_interval():
+    random = np.random.default_rng(6)
+    predictions = _simulated(random, {"none": 1.2, "arm": 1.1}, crystals=300)
+    paired = _row(effect_table(predictions, resamples=400), "arm")
+    table = metric_table(predictions, resamples=400)
+    none, arm = _row(table, "none"), _row(table, "arm")
+    unpaired = math.hypot(none["high"] - none["low"], arm["high"] - arm["low"])
+    assert paired["high"] - paired["low"] < 0.6 * unpaired
+
+
+def test_seeds_are_paired_by_number():
+    # A seed helps or hurts all arms alike; with the seeds of one arm exchanged nothing cancels.
+    random = np.random.default_rng(7)
+    predictions = _simulated(random, {"none": 1.2, "arm": 1.1}, seeds=5, paired_between=0.6)
+    seeds, arms = predictions["seed"].to_pylist(), predictions["arm"].to_pylist()
+    moved = [(s + 1) % 5 if a == "arm" else s for s, a in zip(seeds, arms, strict=True)]
+    index = predictions.column_names.index("seed")
+    broken = predictions.set_column(index, "seed", pa.array(moved))
+    width = {}
+    for name, table in (("right", predictions), ("broken", broken)):
+        row = _row(effect_table(table, resamples=300), "arm")
+        width[name] = row["high"] - row["low"]
+    assert width["right"] < 0.6 * width["broken"]
+
+
+def test_the_order_of_rows_does_not_matter():
+    random = np.random.default_rng(8)
+    predictions = _simulated(random, {"none": 1.0, "a": 0.5, "b": 0.7}, seeds=2, crystals=60)
+    order = random.permutation(predictions.num_rows)
+    # The first appearance of each arm decides the order of the rows of the result.
+    keep = [0, *sorted(set(order.tolist()) - {0}, key=order.tolist().index)]
+    mixed = predictions.take(keep).select(predictions.column_names[::-1])
+    for make in (metric_table, effect_table):
+        expected = make(predictions, resamples=40).sort_by([("arm", "ascending")]).to_pylist()
+        found = make(mixed, resamples=40).sort_by([("arm", "ascending")]).to_pylist()
+        assert sorted(map(str, found)) == sorted(map(str, expected))
+
+
+def test_an_arm_says_the_same_whatever_else_was_run():
+    random = np.random.default_rng(9)
+    predictions = _simulated(random, {"none": 1.0, "a": 0.5, "b": 0.7}, seeds=2, crystals=60)
+    fewer = predictions.filter(pc.not_equal(predictions["arm"], "a"))
+    for make in (metric_table, effect_table):
+        rows = [r for r in make(predictions, resamples=40).to_pylist() if r["arm"] == "b"]
+        assert [r for r in make(fewer, resamples=40).to_pylist() if r["arm"] == "b"] == rows
+
+
+def test_only_seeds_in_both_arms_are_paired():
+    random = np.random.default_rng(10)
+    predictions = _simulated(random, {"none": 1.0, "a": 0.5, "b": 0.7}, seeds=3, crystals=60)
+    missing = pa.array(["none-0", "a-2", "b-1", "b-2"])
+    kept = predictions.filter(pc.invert(pc.is_in(predictions["trial"], missing)))
+    effects = effect_table(kept, resamples=40)
+    assert set(effects["arm"].to_pylist()) == {"a"}  # b and none have no seed in common
+    row = _row(effects, "a")
+    assert row["seeds"] == 1
+    both = [score(*_trial(kept, f"{arm}-1")[:2])["auroc"][0] for arm in ("none", "a")]
+    assert [row["none"], row["value"]] == pytest.approx(both, abs=1e-12)
+    assert set(metric_table(kept, resamples=40)["arm"].to_pylist()) == {"none", "a", "b"}
+
+
+def test_one_class_gives_nan_and_no_exception():
+    labels = np.zeros(6, dtype=np.int64)
+    halves = [np.full(6, 0.5), np.full(6, 0.5)]
+    arms = [_table(a, a, 0, np.arange(6), labels, halves) for a in ("none", "a")]
+    row = _row(effect_table(pa.concat_tables(arms), resamples=20), "a")
+    assert all(math.isnan(row[name]) for name in ("none", "value", "difference", "low", "high"))
+    assert _row(effect_table(pa.concat_tables(arms), resamples=20), "a", "ece")["difference"] == 0
+
+
+def _edited(predictions, column, change):
+    values = predictions[column].to_pylist()
+    change(values)
+    index = predictions.column_names.index(column)
+    return predictions.set_column(index, column, pa.array(values, predictions[column].type))
+
+
+def _renamed(trial):
+    return _edited(trial, "trial", lambda names: names.__setitem__(slice(None), ["x"] * len(names)))
+
+
+def _set(index, value):
+    return lambda values: values.__setitem__(index, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.slice(1), r"trial 'a-0' .* 0 are missing \[\], 1 are new \['mp-0'\]"),
+        (lambda t: t.slice(0, 11), r"trial 'a-0' .* 1 are missing \['mp-5'\], 0 are new"),
+        (lambda t: _edited(t, "id", _set(7, "x")), r"'a-0' .*missing \['mp-1'\], 1 .* \['x'\]"),
+        (lambda t: _edited(t, "id", _set(7, "mp-0")), "'a-0' has 1 crystals more than once.*mp-0"),
+        (lambda t: _edited(t, "label", _set(8, 1)), "'a-0' .* differ in label .*'mp-2'"),
+        (lambda t: _edited(t, "group", _set(8, "g")), "'a-0' .* differ in group .*'mp-2'"),
+        (lambda t: _edited(t, "seed", _set(0, 5)), "trial 'none-0' has 2 pairs of arm and seed"),
+        (
+            lambda t: pa.concat_tables([t, _renamed(t.slice(6))]),
+            "arm 'a' has another trial with seed 0",
+        ),
+        (lambda t: _edited(t, "p1", _set(9, math.nan)), "arm 'a', seed 0: probabilities_NC"),
+        (lambda t: _edited(t, "p1", _set(9, None)), "1 rows without p1"),
+        (lambda t: t.drop_columns(["p1"]), r"lack columns \['p1'\]"),
+        (lambda t: t.rename_columns([*t.column_names[:-1], "p2"]), r"lack columns \['p1'\]"),
+        (lambda t: t.drop_columns(["group"]), r"lack columns \['group'\]"),
+        (lambda t: t.slice(0, 0), "have 0 rows"),
+        (lambda t: t.set_column(5, "label", pa.array([0.0] * 12)), "label has type double"),
+    ],
+)
+def test_tables_that_do_not_fit_are_named(change, message):
+    labels, p = np.array([0, 0, 0, 1, 1, 1]), np.linspace(0.1, 0.9, 6)
+    tables = [_table(f"{a}-0", a, 0, range(6), labels, [1 - p, p]) for a in ("none", "a")]
+    good = pa.concat_tables(tables)
+    assert metric_table(good, resamples=5).num_rows == 12
+    for make in (metric_table, effect_table):
+        with pytest.raises(ValueError, match=message):
+            make(change(good), resamples=5)
+
+
+def test_a_missing_reference_is_named():
+    predictions = _simulated(np.random.default_rng(11), {"a": 1.0, "b": 1.0}, crystals=20)
+    with pytest.raises(ValueError, match=r"no arm 'none'.*\n.*a, b"):
+        effect_table(predictions, resamples=5)
+    assert set(effect_table(predictions, reference="a", resamples=5)["arm"].to_pylist()) == {"b"}
