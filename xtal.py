@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from cluster.config import build_config, read_toml
 from cluster.errors import UserError
@@ -26,8 +27,9 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
+# Paths and messages are shown as they are, not read as markup.
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file with the full configuration.")
@@ -123,7 +125,7 @@ def verify(
     else:
         _summary(f"dataset {dataset}", {k: v for k, v in answer.items() if k != "problems"})
         for problem in answer["problems"]:
-            err.print(f"[red]problem[/]: {problem}", highlight=False)
+            _complain("problem", problem)
     if not answer["ok"]:
         raise typer.Exit(1)
 
@@ -270,10 +272,9 @@ def main() -> None:
         if debug:
             raise
         if isinstance(error, UserError):
-            err.print(f"[red]error[/]: {error}", highlight=False, soft_wrap=True)
+            _complain("error", str(error))
             sys.exit(2)
-        text = f"{type(error).__name__}: {error}"
-        err.print(f"[red]failed[/]: {text}", highlight=False, markup=True, soft_wrap=True)
+        _complain("failed", f"{type(error).__name__}: {error}")
         err.print("  --debug shows where")
         sys.exit(1)
 
@@ -295,7 +296,7 @@ def _fatal_for_all(ranks: Any) -> Iterator[None]:
         if ranks.rank != 0:
             sys.exit(2)
         raise
-    except Exception:
+    except BaseException:  # a Rust panic is no Exception
         ranks.abort()
         raise
 
@@ -313,6 +314,10 @@ def _bar(title: str, total: float | None, *, shown: bool = True) -> Iterator[Any
     with Progress(*columns, console=err, disable=not shown) as progress:
         bar = progress.add_task(title, total=total)
         yield lambda done: progress.update(bar, completed=done)
+
+
+def _complain(kind: str, message: str) -> None:
+    err.print(Text.assemble((kind, "red"), f": {message}"), soft_wrap=True)
 
 
 def _summary(title: str, rows: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ the same crystals, with the same labels and groups.
 Shape legend: N crystals, C classes, R resamples, S seeds.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from training.metrics import METRICS, group_weights, percentile_interval, score
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+_DRAWS = 32  # of Student's t for each resample
 _KEYS = ("trial", "arm", "seed", "id", "group", "label")
 Samples = dict[str, FloatArray]  # metric → (1 + R,): on the whole set, then on each resample
 
@@ -55,9 +57,9 @@ def metric_table(predictions: pa.Table, *, resamples: int = 1000, seed: int = 0)
     samples = _samples(trials, resamples, seed)
     rows = []
     for arm, by_seed in samples.items():
-        for name in METRICS:
+        for name, metric in METRICS.items():
             values = np.stack([by_seed[s][name] for s in sorted(by_seed)])
-            value, low, high = _summary(values, trials.groups, seed)
+            value, low, high = _summary(values, trials.groups, seed, (metric.low, metric.high))
             rows.append({"arm": arm, "metric": name, "value": value, "low": low, "high": high})
     return pa.Table.from_pylist(rows, schema=_schema("value", "low", "high"))
 
@@ -94,10 +96,11 @@ def effect_table(
     rows = []
     for arm in (name for name in samples if name != reference):
         paired = sorted(samples[arm].keys() & samples[reference].keys())
-        for name in METRICS if paired else ():
+        for name, metric in METRICS.items() if paired else ():
             values = np.stack([samples[arm][s][name] for s in paired])
             base = np.stack([samples[reference][s][name] for s in paired])
-            difference, low, high = _summary(values - base, trials.groups, seed)
+            span = metric.high - metric.low
+            difference, low, high = _summary(values - base, trials.groups, seed, (-span, span))
             rows.append(
                 {
                     "arm": arm,
@@ -120,15 +123,22 @@ def _schema(*numbers: str) -> pa.Schema:
 
 
 def _summary(
-    values_SR: FloatArray, groups_N: Sequence[str], seed: int
+    values_SR: FloatArray, groups_N: Sequence[str], seed: int, limits: tuple[float, float]
 ) -> tuple[float, float, float]:
-    """Mean over seeds on the whole set (column 0) and the interval from the resamples (others)."""
-    whole_S, samples_SR = values_SR[:, 0], values_SR[:, 1:]
-    seeds, resamples = samples_SR.shape
-    # Its own stream, the same for all arms with as many seeds: an arm's row depends on no other.
-    drawn_SR = np.random.default_rng((seed, seeds)).integers(seeds, size=(seeds, resamples))
-    means_R = np.take_along_axis(samples_SR, drawn_SR, axis=0).mean(axis=0)
-    return float(whole_S.mean()), *percentile_interval(means_R, groups_N)
+    """Mean over seeds on the whole set (column 0), and the interval that `metric_table` describes.
+
+    `limits` are the least and the greatest value that the mean can have.
+    """
+    whole_S, means_R = values_SR[:, 0], values_SR[:, 1:].mean(axis=0)
+    seeds = len(whole_S)
+    if seeds > 1:
+        # Its own stream, the same for all arms with as many seeds: an arm's row depends on no
+        # other. Several draws a resample, for the tails of t with one degree of freedom are long.
+        random = np.random.default_rng((seed, seeds))
+        t_RD = random.standard_t(seeds - 1, size=(len(means_R), _DRAWS))
+        means_R = (means_R[:, None] + whole_S.std(ddof=1) / math.sqrt(seeds) * t_RD).ravel()
+    low, high = np.clip(percentile_interval(means_R, groups_N), *limits)
+    return float(whole_S.mean()), float(low), float(high)
 
 
 def _samples(trials: _Trials, resamples: int, seed: int) -> dict[str, dict[int, Samples]]:

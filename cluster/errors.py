@@ -1,5 +1,7 @@
 """The one exception that means "the user can mend this"."""
 
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """Bad input or a bad request: the message names the value and the rule, `remedy` the way out.
@@ -11,3 +13,11 @@ class UserError(ValueError):
         super().__init__(f"{problem}\n  remedy: {remedy}")
         self.problem = problem
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Callable[[str, str], "UserError"], tuple[str, str]]:
+        # Exceptions are rebuilt from their message alone, on which a rank or a worker would choke.
+        return _rebuilt, (self.problem, self.remedy)
+
+
+def _rebuilt(problem: str, remedy: str) -> UserError:
+    return UserError(problem, remedy=remedy)

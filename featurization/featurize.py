@@ -8,6 +8,7 @@ manifest is unfinished, whatever else it holds.
 import csv
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
-from cluster.files import write_text
+from cluster.files import sha256_of, write_text
 from cluster.mpi import Ranks, agree
 from cluster.provenance import provenance
 from featurization.cells import standardize
@@ -37,6 +38,7 @@ from featurization.sources import Record, Source, open_source
 # Records that a rank takes at a time: many enough to balance cheap and costly crystals.
 _BLOCK = 32
 _OUR_FILES = {"shards", "manifest.json", "rejects.csv", "dataset.h5"}
+_OUR_SHARDS = re.compile(r"\.?shard-\d+-\d+\.h5(\.\d+\.tmp)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,8 @@ def _own_records(
 
 def _absolute(spec: str) -> str:
     """The source's word, independent of the working folder: `verify` opens it again."""
+    if spec.partition(":")[0] == "prototypes":  # the word, even beside a folder of that name
+        return spec
     return str(Path(spec).resolve()) if Path(spec).exists() else spec
 
 
@@ -189,15 +193,19 @@ def _prepare(
         )
     if out.exists():
         strangers = {p.name for p in out.iterdir() if not p.name.startswith(".")} - _OUR_FILES
+        # Others have folders called shards, too.
+        strangers |= {
+            f"shards/{p.name}" for p in (out / "shards").glob("*") if not _OUR_SHARDS.match(p.name)
+        }
         if strangers:
             return UserError(
                 f"{out} is not empty and holds no dataset ({', '.join(sorted(strangers)[:3])})",
                 remedy="give a new folder",
             )
+    try:
         for name in _OUR_FILES - {"shards"}:
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "shards", ignore_errors=True)
-    try:
         (out / "shards").mkdir(parents=True)
     except OSError as error:
         return UserError(f"cannot write to {out}: {error.strerror}", remedy="give another folder")
@@ -262,7 +270,9 @@ def _finish(
         "config": config.model_dump(),
         **asked,
         "shards": shards,
+        "checksums": {name: sha256_of(out / name) for name in ("rejects.csv", "dataset.h5")},
         "provenance": provenance(),
     }
-    write_text(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
+    # ASCII, because the name of a source can be what no UTF-8 spells.
+    write_text(out / "manifest.json", json.dumps(manifest, indent=1))
     return manifest

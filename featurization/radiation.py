@@ -72,8 +72,7 @@ def _coefficients(
         return float(length), False, none, none
     if radiation == "xray_pymatgen":
         table = _pymatgen_table()
-        # Hydrogen isotopes share the electron cloud; pymatgen's table lists H only.
-        pairs = table.get("H" if name == "D" else name)
+        pairs = table.get(name)
         if pairs is None:
             raise Reject("diffraction", f"no X-ray form factor for {name} in pymatgen's table")
         a, b = np.array(pairs, dtype=np.float64).T

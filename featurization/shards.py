@@ -40,6 +40,18 @@ from featurization.crystal import LABEL_UNITS, FloatArray
 from featurization.radiation import UNITS
 
 FORMAT_VERSION = 1
+# What readers rely on, and its types.
+_MANIFEST = {
+    "structures": int,
+    "rejected": int,
+    "points": int,
+    "content_hash": str,
+    "config": dict,
+    "source": dict,
+    "source_spec": str,
+    "shards": list,
+}
+_MANIFEST_ROW = {"file": str, "structures": int, "points": int, "sha256": str, "content_hash": str}
 _TEXT = h5py.string_dtype("utf-8")
 _POINT_ARRAYS = ("hkl", "q", "intensity", "multiplicity")  # in the order of Cloud's fields
 _ARRAYS = (*_POINT_ARRAYS, "lattice", "source_index", "symmetry/number")
@@ -212,7 +224,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-    except FileNotFoundError:
+        if version == FORMAT_VERSION:
+            _check_kinds(manifest, _MANIFEST)
+            for row in manifest["shards"]:
+                _check_kinds(row, _MANIFEST_ROW)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} is no finished dataset: it has no manifest.json",
             remedy="run xtal featurize SOURCE OUT and give OUT here",
@@ -227,6 +243,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             remedy="featurize again with this version",
         )
     return manifest
+
+
+def _check_kinds(values: dict[str, Any], kinds: dict[str, type]) -> None:
+    for name, kind in kinds.items():
+        if type(values[name]) is not kind:
+            raise TypeError(f"{name} is {values[name]!r}, must be {kind.__name__}")
 
 
 def _set_attributes(file: h5py.File, config: FeaturizationConfig, hash_of_all: str) -> None:

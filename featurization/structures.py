@@ -97,7 +97,7 @@ def crystal_from_cif(text: str, id: str, labels: dict[str, float]) -> Crystal:
             `crystal_from_arrays`.
     """
     try:
-        document = gemmi.cif.read_string(text)
+        document = gemmi.cif.read_string(text, check_level=0)  # published files repeat tags
         structures = (gemmi.make_small_structure_from_block(block) for block in document)
         small = next((s for s in structures if len(s.sites) > 0), None)
     except (ValueError, RuntimeError, IndexError, OverflowError) as error:

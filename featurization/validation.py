@@ -31,7 +31,6 @@ def crystal_from_arrays(
     occupancy: FloatArray,
     site: IntArray,
     labels: dict[str, float],
-    group: str = "",
 ) -> Crystal:
     """Validate a crystal given row by row; every source ends here.
 
@@ -84,7 +83,6 @@ def crystal_from_arrays(
         occupancy=np.minimum(occupancy, 1.0),
         site=site,
         labels=labels,
-        group=group,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import sha256_of
 from featurization.config import FeaturizationConfig
@@ -31,17 +32,17 @@ def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, A
         a list of sentences that is empty when ok.
 
     Raises:
-        UserError: there is no manifest.
+        UserError: there is no manifest, or it is malformed.
     """
     manifest = read_manifest(folder)
-    config = FeaturizationConfig(**manifest["config"])
+    where = f"config in {folder / 'manifest.json'}"
+    config = build_config(FeaturizationConfig, manifest["config"], where=where)
     problems: list[str] = []
     digests: list[int] = []
     seen: dict[str, str] = {}  # id → shard
     counts = {"structures": 0, "points": 0}
     chosen: list[Entry] = []
-    size = min(max(sample, 0), int(manifest["structures"]))
-    wanted = set(random.SystemRandom().sample(range(manifest["structures"]), size))
+    choose = random.SystemRandom()
     for row in manifest["shards"]:
         path = folder / row["file"]
         if not path.is_file():
@@ -51,19 +52,21 @@ def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, A
             problems.append(f"{row['file']} has another checksum than the manifest says")
         try:
             entries = read_shard(path)
-        except (OSError, KeyError, ValueError, IndexError) as error:
-            problems.append(f"{row['file']} cannot be read: {error}")
+            own = [entry.digest() for entry in entries]
+        except Exception as error:  # damage shows as whatever the bytes happen to mean
+            problems.append(f"{row['file']} cannot be read: {type(error).__name__}: {error}")
             continue
         for entry in entries:
             problems += _check_entry(entry, row["file"])
             if entry.id in seen:
                 problems.append(f"id {entry.id} is in {seen[entry.id]} and in {row['file']}")
             seen[entry.id] = row["file"]
-            if counts["structures"] in wanted:
+            if len(chosen) < sample:  # reservoir sampling: each crystal is as likely as the next
                 chosen.append(entry)
+            elif (place := choose.randrange(counts["structures"] + 1)) < sample:
+                chosen[place] = entry
             counts["structures"] += 1
             counts["points"] += len(entry.cloud.hkl)
-        own = [entry.digest() for entry in entries]
         if content_hash(own) != row["content_hash"]:
             problems.append(f"{row['file']} has other content than the manifest says")
         digests += own
@@ -79,6 +82,10 @@ def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, A
             problems.append(f"shards/{path.name} is not in the manifest")
     problems += _check_rejects(folder, manifest["rejected"])
     problems += _check_virtual(folder, manifest)
+    for name in ("rejects.csv", "dataset.h5"):
+        path = folder / name
+        if path.is_file() and sha256_of(path) != manifest.get("checksums", {}).get(name):
+            problems.append(f"{name} has another checksum than the manifest says")
     recomputed = 0
     if source is not None:
         for problem in _recompute(source, chosen, config):
@@ -104,7 +111,10 @@ def _check_entry(entry: Entry, file: str) -> list[str]:
         problems.append(f"{file}: {entry.id} has a point that is not finite")
     elif (cloud.intensity < 0).any():
         problems.append(f"{file}: {entry.id} has a negative intensity")
-    q = cloud.hkl @ np.linalg.inv(entry.lattice).T
+    try:
+        q = cloud.hkl @ np.linalg.inv(entry.lattice).T
+    except np.linalg.LinAlgError:
+        return [*problems, f"{file}: {entry.id} has a lattice without volume"]
     if not np.allclose(q, cloud.q, rtol=1e-5, atol=1e-6):
         problems.append(f"{file}: {entry.id} has points off its reciprocal lattice")
     return problems
@@ -114,8 +124,11 @@ def _check_rejects(folder: Path, expected: int) -> list[str]:
     path = folder / "rejects.csv"
     if not path.is_file():
         return ["rejects.csv is missing"]
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = sum(1 for _ in csv.DictReader(stream))
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = sum(1 for _ in csv.DictReader(stream))
+    except (UnicodeDecodeError, csv.Error) as error:
+        return [f"rejects.csv cannot be read: {error}"]
     return [] if rows == expected else [f"rejects.csv has {rows} rows, the manifest {expected}"]
 
 
@@ -123,8 +136,8 @@ def _check_virtual(folder: Path, manifest: dict[str, Any]) -> list[str]:
     try:
         with h5py.File(folder / "dataset.h5", "r") as file:
             found = len(file["id"]), len(file["hkl"]), int(file["offsets"][-1])
-    except (OSError, KeyError) as error:
-        return [f"dataset.h5 cannot be read: {error}"]
+    except Exception as error:  # as in a shard
+        return [f"dataset.h5 cannot be read: {type(error).__name__}: {error}"]
     if found != (manifest["structures"], manifest["points"], manifest["points"]):
         return [f"dataset.h5 shows {found[0]} structures and {found[1]} points"]
     return []
@@ -150,6 +163,8 @@ def _recompute(source: Source, chosen: list[Entry], config: FeaturizationConfig)
             and np.array_equal(again.cloud.hkl, entry.cloud.hkl)
             and np.allclose(again.cloud.q, entry.cloud.q, rtol=1e-6, atol=1e-9)
             and np.allclose(again.cloud.intensity, entry.cloud.intensity, rtol=1e-4, atol=1e-12)
+            and (again.group, again.formula) == (entry.group, entry.formula)
+            and np.allclose(again.lattice, entry.lattice, rtol=1e-6, atol=1e-9)
             and again.symmetry == entry.symmetry
             and dict(again.labels) == dict(entry.labels)
         )

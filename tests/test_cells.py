@@ -318,6 +318,33 @@ def test_a_standard_cell_that_is_another_crystal_is_rejected(
         assert standardize(crystal, "as_given", 0.01)[0] is crystal
 
 
+@pytest.mark.parametrize("cell", ["primitive", "conventional", "niggli"])
+def test_a_standard_cell_with_other_amounts_is_rejected(
+    monkeypatch: pytest.MonkeyPatch, cell: str
+) -> None:
+    # An atom that no atom of the input maps to, in both standardized cells.
+    crystal = perovskite()
+    true = forged(crystal).prim_std_cell
+    extra = {
+        "positions": [*true.positions, [0.25, 0.25, 0.25]],
+        "numbers": [*true.numbers, true.numbers[0]],
+    }
+    lying_cell = changed_cell(crystal, **extra)
+    lie = forged(crystal, prim_std_cell=lying_cell, std_cell=lying_cell)
+    monkeypatch.setattr(cells.moyopy, "MoyoDataset", lambda *_, **__: lie)
+    with pytest.raises(Reject, match="changes the amount of"):
+        standardize(crystal, cell, 0.01)
+
+
+def test_a_conventional_cell_of_another_volume_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    crystal = perovskite()
+    larger = changed_cell(crystal, basis=np.array(forged(crystal).prim_std_cell.basis) * 1.05)
+    lie = forged(crystal, std_cell=larger)
+    monkeypatch.setattr(cells.moyopy, "MoyoDataset", lambda *_, **__: lie)
+    with pytest.raises(Reject, match="volume per atom"):
+        standardize(crystal, "conventional", 0.01)
+
+
 def test_a_sheared_lattice_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     crystal = perovskite()
     sheared = np.array(forged(crystal).prim_std_cell.basis) @ [[1, 0.02, 0], [0, 1, 0], [0, 0, 1]]

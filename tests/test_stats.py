@@ -107,36 +107,68 @@ def test_one_seed_is_the_group_bootstrap_of_the_crystals(classes):
         assert row["seeds"] == 1
 
 
-def test_the_hierarchical_bootstrap_is_the_one_written_out_row_by_row():
+def test_the_interval_is_crystals_and_trainings_written_out_row_by_row():
     random = np.random.default_rng(2)
-    predictions = _simulated(random, {"none": 1.2, "radial": 1.0}, between=0.4, crystals=80)
+    predictions = _simulated(random, {"none": 1.2, "radial": 1.0}, between=0.1, crystals=80)
     trials = {a: [_trial(predictions, f"{a}-{s}") for s in range(3)] for a in ("none", "radial")}
     labels, _, groups = trials["none"][0]
     members = {g: np.flatnonzero(np.array(groups) == g) for g in set(groups)}
 
-    def auroc(trial, rows):
-        return score(labels[rows], trial[1][rows])["auroc"][0]
+    def gains(rows):
+        none, radial = (
+            [score(labels[rows], trial[1][rows])["auroc"][0] for trial in trials[arm]]
+            for arm in ("none", "radial")
+        )
+        return np.subtract(radial, none)
 
-    draws, fixed = [], []
+    draws = []
     for _ in range(400):
         names = random.choice(sorted(members), size=len(members))
-        rows = np.concatenate([members[name] for name in names])
-        gains = [
-            auroc(trials["radial"][s], rows) - auroc(trials["none"][s], rows) for s in range(3)
-        ]
-        draws.append(np.mean([gains[s] for s in random.integers(3, size=3)]))
-        fixed.append(np.mean(gains))
-    low, high = np.percentile(draws, (2.5, 97.5))
-    row = _row(effect_table(predictions, resamples=2000), "radial")
-    assert row["low"] == pytest.approx(low, abs=0.15 * (high - low))
-    assert row["high"] == pytest.approx(high, abs=0.15 * (high - low))
-    # The variant that must fail: all seeds in every resample.
-    low, high = np.percentile(fixed, (2.5, 97.5))
-    assert row["high"] - row["low"] > 1.3 * (high - low)
+        draws.append(gains(np.concatenate([members[name] for name in names])).mean())
+    whole = gains(np.arange(len(labels)))
+    error = math.sqrt(sum((whole - whole.mean()) ** 2) / 2 / 3)
+    # Student's t by its definition: a normal variate over the root of χ² by its 2 degrees.
+    normals = random.normal(size=(3, 400, 50))
+    noise = error * normals[0] / np.sqrt((normals[1:] ** 2).mean(axis=0))
+    low, high = np.percentile(np.array(draws)[:, None] + noise, (2.5, 97.5))
+    row = _row(effect_table(predictions, resamples=1000), "radial")
+    tolerance = 0.08 * (high - low)
+    assert row["difference"] == pytest.approx(whole.mean(), abs=1e-12)
+    assert [row["low"], row["high"]] == pytest.approx([low, high], abs=tolerance)
+    # Variants that must fail: crystals alone, trainings alone.
+    for part in (draws, whole.mean() + noise):
+        low, high = np.percentile(part, (2.5, 97.5))
+        assert row["high"] - row["low"] > high - low + 2 * tolerance
 
 
-def _one_seed(predictions):
-    return predictions.filter(pc.equal(predictions["seed"], 0))
+# 97.5 percentiles of Student's t with S − 1 degrees of freedom, from his table.
+@pytest.mark.parametrize(("seeds", "t"), [(2, 12.706), (3, 4.303), (5, 2.776)])
+def test_without_doubt_about_the_crystals_the_interval_is_students(seeds, t):
+    # Two groups with the same crystals: every resample has the same metrics as the whole set.
+    random = np.random.default_rng(12)
+    labels = np.tile(random.integers(2, size=300), 2)
+    tables = []
+    for seed in range(seeds):
+        for arm in ("none", "arm"):
+            logit = 2 * labels - 1 + np.tile(random.normal(size=300), 2)
+            p = 1 / (1 + np.exp(-logit))
+            name = f"{arm}-{seed}"
+            tables.append(_table(name, arm, seed, np.arange(600) // 300, labels, [1 - p, p]))
+    predictions = pa.concat_tables(tables)
+    whole = {
+        a: [score(*_trial(predictions, f"{a}-{s}")[:2])["auroc"][0] for s in range(seeds)]
+        for a in ("none", "arm")
+    }
+    found = (
+        (_row(metric_table(predictions), "arm"), whole["arm"]),
+        (_row(effect_table(predictions), "arm"), np.subtract(whole["arm"], whole["none"])),
+    )
+    for row, values in found:
+        half = t * np.std(values, ddof=1) / math.sqrt(seeds)
+        assert 0 < half < 0.4  # not cut at the metric's limits
+        for end in (np.mean(values) - row["low"], row["high"] - np.mean(values)):
+            # ± 7 %: the normal's 1.96 and ddof=0 (0.71, 0.82, 0.89 of the width) must fail.
+            assert end == pytest.approx(half, rel=0.07)
 
 
 def test_a_planted_effect_is_found_and_has_the_planted_sign():
@@ -151,31 +183,48 @@ def test_a_planted_effect_is_found_and_has_the_planted_sign():
     assert worse["none"] == pytest.approx(_row(metric_table(predictions), "none")["value"])
 
 
-def test_a_planted_null_is_rarely_called_an_effect():
-    # One pair per simulation: the interval is that of the crystals, and so is all of the noise.
+@pytest.mark.parametrize("between", [0.0, 0.3])
+def test_a_planted_null_is_rarely_called_an_effect(between):
+    # Arms of equal merit with one, two and three pairs; trainings differ by noise on single
+    # crystals, and with `between` some are better than others throughout.
     random = np.random.default_rng(4)
-    called = 0
-    for seed in range(200):
-        predictions = _simulated(random, {"none": 1.0, "same": 1.0}, seeds=1, crystals=100)
-        row = _row(effect_table(predictions, resamples=200, seed=seed), "same")
-        called += not row["low"] <= 0 <= row["high"]
-    assert 0.005 <= called / 200 <= 0.12
-
-
-def test_chance_of_training_is_covered_by_several_seeds_and_not_by_one():
-    # Two arms of equal merit, trainings of very different success.
-    random = np.random.default_rng(5)
-    one, many = 0, 0
-    for seed in range(60):
+    names = {"one": 1, "two": 2, "three": 3}
+    dropped = pa.array([f"{arm}-{s}" for arm, seeds in names.items() for s in range(seeds, 3)])
+    called, simulations = dict.fromkeys(names, 0), 200
+    for seed in range(simulations):
         predictions = _simulated(
-            random, {"none": 1.0, "same": 1.0}, seeds=8, crystals=100, between=0.3
+            random, dict.fromkeys(("none", *names), 1.0), crystals=80, between=between
         )
-        row = _row(effect_table(predictions, resamples=150, seed=seed), "same")
-        many += not row["low"] <= 0 <= row["high"]
-        row = _row(effect_table(_one_seed(predictions), resamples=150, seed=seed), "same")
-        one += not row["low"] <= 0 <= row["high"]
-    assert many / 60 <= 0.25
-    assert one / 60 >= 0.4  # the variant that must fail
+        kept = predictions.filter(pc.invert(pc.is_in(predictions["trial"], dropped)))
+        effects = effect_table(kept, resamples=100, seed=seed)
+        for arm, seeds in names.items():
+            row = _row(effects, arm)
+            assert row["seeds"] == seeds
+            called[arm] += not row["low"] <= 0 <= row["high"]
+    rate = {arm: number / simulations for arm, number in called.items()}
+    assert rate["two"] <= 0.1
+    assert rate["three"] <= 0.1
+    if between:
+        assert rate["one"] >= 0.4  # the variant that must fail: crystals only
+    else:
+        assert 0.005 <= rate["one"] <= 0.12
+
+
+def test_impossible_values_are_not_in_an_interval():
+    # One training succeeds and one does the contrary: two values say next to nothing.
+    random = np.random.default_rng(13)
+    labels = random.integers(2, size=60)
+    p = np.clip(labels * 0.6 + 0.2 + 0.2 * random.normal(size=60), 0.01, 0.99)
+    values = {"none-0": p, "none-1": p, "a-0": p, "a-1": 1 - p}
+    predictions = pa.concat_tables(
+        _table(name, name[:-2], int(name[-1]), range(60), labels, [1 - p, p])
+        for name, p in values.items()
+    )
+    for name, metric in METRICS.items():
+        row = _row(metric_table(predictions, resamples=50), "a", name)
+        assert [row["low"], row["high"]] == [metric.low, metric.high]
+        row = _row(effect_table(predictions, resamples=50), "a", name)
+        assert [row["low"], row["high"]] == [metric.low - metric.high, metric.high - metric.low]
 
 
 def test_pairing_narrows_the_interval():

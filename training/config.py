@@ -21,9 +21,9 @@ class TrainingConfig(Config):
     """The network."""
     width: int = Field(default=256, ge=16, multiple_of=4)
     """Channels of the last per-point layer."""
-    epochs: int = Field(default=12, ge=1)
+    epochs: int = Field(default=10, ge=1)
     """Passes over the training set."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Crystals a step, over all workers."""
     learning_rate: float = Field(default=2e-3, gt=0)
     """Peak rate of AdamW, reached after the warm-up and then lowered to 0 by a cosine."""

@@ -29,9 +29,9 @@ class PointNet(nn.Module):
         self.register_buffer("q_scale", torch.tensor(q_scale))
         self.register_buffer("intensity_scale", torch.tensor(intensity_scale))
         self.points = nn.Sequential(
-            nn.Linear(4, width // 4),
+            nn.Linear(4, width // 2),
             nn.ReLU(),
-            nn.Linear(width // 4, width // 2),
+            nn.Linear(width // 2, width // 2),
             nn.ReLU(),
             nn.Linear(width // 2, width),
         )
