@@ -1,5 +1,6 @@
 """A private Ray on this machine: loopback, authenticated, and gone when the work is done."""
 
+import fcntl
 import logging
 import os
 import secrets
@@ -11,10 +12,12 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-# Ray binds its services to the node's address; it replaces 127.0.0.1 by another interface's
-# address, but keeps any other address of the loopback network.
-LOOPBACK = "127.0.0.11"
-_MODE = "RAY_AUTH_MODE"
+# Ray listens on all interfaces unless the node's address is exactly this one, and on Linux it
+# replaces this one by another unless it is told that there is no cluster.
+_LOOPBACK = "127.0.0.1"
+# Ray reads these once, when it is imported.
+_AT_IMPORT = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_PREFIX = "xtal-ray-"
 
 
 @cache
@@ -29,20 +32,25 @@ def local_ray(cpus: int) -> Iterator[None]:
 
     All services listen on the loopback network and ask for a token of this process alone, which
     lies in a private folder (0700, token 0600) under a short temporary path and is removed at the
-    end with everything else that Ray wrote. Inside the block `import ray` gives that session.
+    end with everything else that Ray wrote; what a killed process left is removed by the next
+    session. Inside the block `import ray` gives that session.
     """
-    if "ray" in sys.modules and os.environ.get(_MODE) != "token":
-        raise RuntimeError(f"ray was imported before {_MODE}=token was set: Ray reads it only once")
-    os.environ[_MODE] = "token"
+    if "ray" in sys.modules and any(os.environ.get(n) != v for n, v in _AT_IMPORT.items()):
+        raise RuntimeError(f"ray was imported before {_AT_IMPORT} was set: Ray reads it only once")
+    os.environ.update(_AT_IMPORT)
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="xtal-", dir="/tmp"))
+    _remove_orphans()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(_token())
     settings = {
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "GLOO_SOCKET_IFNAME": "lo",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
@@ -56,8 +64,8 @@ def local_ray(cpus: int) -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _node_ip_address=LOOPBACK,
-            _temp_dir=str(folder),
+            _node_ip_address=_LOOPBACK,
+            _temp_dir=str(folder / "ray"),  # Ray opens its own folder to everybody
         )
         yield
     finally:
@@ -68,3 +76,24 @@ def local_ray(cpus: int) -> Iterator[None]:
             else:
                 os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_orphans() -> None:
+    """Remove the folders of sessions whose process is gone: the kernel has dropped its lock."""
+    for folder in Path("/tmp").glob(f"{_PREFIX}*"):
+        try:
+            # The token is written under the lock, so a folder without one may still be starting.
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (folder / "token").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            pass  # alive
+        finally:
+            os.close(lock)
