@@ -69,7 +69,9 @@ def run_demo(folder: Path, source: str | None, task: str, bar: Bars) -> Answer:
         )
     with bar(Stage("featurize", None)) as update:
         _featurize(source or PROTOTYPES, dataset, update)
-    epochs = min(20, max(4, _CLOUDS_SEEN // read_manifest(dataset)["structures"]))
+        structures = read_manifest(dataset)["structures"]
+        update(structures)
+    epochs = min(20, max(4, _CLOUDS_SEEN // structures))
     training = training.model_copy(update={"epochs": epochs})
     with bar(Stage("train", training.epochs)) as update:
         train(
