@@ -331,9 +331,10 @@ def _show_metrics(run: Path, answer: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(answer, indent=1))
         return
-    counts = Table("split", *answer["classes"], title=answer["question"], title_justify="left")
-    for side, classes in answer["class_counts"].items():
-        counts.add_row(side, *(str(n) for n in classes.values()))
+    sides = answer["class_counts"]
+    counts = Table("class", *sides, title=answer["question"], title_justify="left")
+    for name in answer["classes"]:
+        counts.add_row(name, *(str(classes[name]) for classes in sides.values()))
     out.print(counts)
     table = Table("test metric", "value", "95 % interval", title_justify="left")
     for name, interval in answer["metrics"].items():

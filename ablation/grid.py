@@ -42,8 +42,8 @@ class GridConfig(Config):
     @field_validator("seeds")
     @classmethod
     def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds:
-            raise ValueError("at least one seed is needed")
+        if not seeds or min(seeds) < 0:
+            raise ValueError("at least one seed is needed, and none below 0")
         return _distinct(seeds)
 
 
@@ -82,7 +82,7 @@ def trials(grid: GridConfig, dataset_hash: str) -> list[Trial]:
     planned = []
     for seed, arm in product(grid.seeds, grid.arms):
         training = grid.training.model_copy(update={"seed": seed})
-        decides = [dataset_hash, arm, training.model_dump(exclude={"workers", "checkpoint_steps"})]
+        decides = [dataset_hash, arm, training.deciding()]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
         planned.append(Trial(digest[:16], arm, training))
     return planned

@@ -32,6 +32,7 @@ from training.metrics import METRICS, score
 from training.split import Parts
 
 _RECORD = "results.jsonl"
+_FREE = {"workers", "checkpoint_steps"}  # settings that do not decide a result
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +211,14 @@ def _claim(out: Path, grid: GridConfig, manifest: dict[str, Any], parts: Parts) 
         there = json.loads(path.read_text(encoding="utf-8"))
         for key in ("training", "dataset_summary"):
             asked = json.loads(json.dumps(description[key]))
-            if there[key] != asked:
-                changed = [k for k in asked if there[key].get(k) != asked[k]]
+            changed = {k for k in asked if there[key].get(k) != asked[k]} - _FREE
+            if changed:
                 raise UserError(
-                    f"{out} holds another grid: {key}: {', '.join(changed)} differ",
+                    f"{out} holds another grid: {key}: {', '.join(sorted(changed))} differ",
                     remedy="give a new folder; only arms and seeds may be added to a grid",
                 )
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file", remedy="give the path of a new folder")
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no grid", remedy="give a new folder")
     write_text(path, json.dumps(description, indent=1, ensure_ascii=False))

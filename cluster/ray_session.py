@@ -27,13 +27,13 @@ def _token() -> str:
 
 
 @contextmanager
-def local_ray(cpus: int) -> Iterator[None]:
+def local_ray(cpus: int) -> Iterator[Path]:
     """Start Ray with `cpus` CPUs for the duration of a `with` block.
 
     All services listen on the loopback network and ask for a token of this process alone, which
     lies in a private folder (0700, token 0600) under a short temporary path and is removed at the
     end with everything else that Ray wrote; what a killed process left is removed by the next
-    session. Inside the block `import ray` gives that session.
+    session. Inside the block `import ray` gives that session; the value of the block is the folder.
     """
     if "ray" in sys.modules and any(os.environ.get(n) != v for n, v in _AT_IMPORT.items()):
         raise RuntimeError(f"ray was imported before {_AT_IMPORT} was set: Ray reads it only once")
@@ -67,7 +67,7 @@ def local_ray(cpus: int) -> Iterator[None]:
             _node_ip_address=_LOOPBACK,
             _temp_dir=str(folder / "ray"),  # Ray opens its own folder to everybody
         )
-        yield
+        yield folder
     finally:
         ray.shutdown()
         for name, value in before.items():

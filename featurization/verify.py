@@ -44,20 +44,23 @@ def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, A
     chosen: list[Entry] = []
     choose = random.SystemRandom()
     for row in manifest["shards"]:
-        path = folder / row["file"]
-        if not path.is_file():
-            problems.append(f"{row['file']} is missing")
+        damage = _check_bytes(folder, row["file"], row["sha256"])
+        if damage:
+            problems += damage
             continue
-        if sha256_of(path) != row["sha256"]:
-            problems.append(f"{row['file']} has another checksum than the manifest says")
         try:
-            entries = read_shard(path)
+            entries = read_shard(folder / row["file"])
             own = [entry.digest() for entry in entries]
-        except Exception as error:  # damage shows as whatever the bytes happen to mean
+            problems += [p for entry in entries for p in _check_entry(entry, row["file"])]
+        except Exception as error:  # an unexpected type or shape fails wherever it is met
             problems.append(f"{row['file']} cannot be read: {type(error).__name__}: {error}")
             continue
+        size = len(entries), sum(len(entry.cloud.hkl) for entry in entries)
+        if size != (row["structures"], row["points"]):
+            problems.append(
+                f"{row['file']} has {size[0]} structures, {size[1]} points: not as listed"
+            )
         for entry in entries:
-            problems += _check_entry(entry, row["file"])
             if entry.id in seen:
                 problems.append(f"id {entry.id} is in {seen[entry.id]} and in {row['file']}")
             seen[entry.id] = row["file"]
@@ -80,12 +83,11 @@ def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, A
     for path in sorted((folder / "shards").glob("*.h5")):
         if f"shards/{path.name}" not in listed:
             problems.append(f"shards/{path.name} is not in the manifest")
-    problems += _check_rejects(folder, manifest["rejected"])
-    problems += _check_virtual(folder, manifest)
-    for name in ("rejects.csv", "dataset.h5"):
-        path = folder / name
-        if path.is_file() and sha256_of(path) != manifest.get("checksums", {}).get(name):
-            problems.append(f"{name} has another checksum than the manifest says")
+    checksums = manifest.get("checksums")
+    checksums = checksums if isinstance(checksums, dict) else {}
+    for name, check in (("rejects.csv", _check_rejects), ("dataset.h5", _check_virtual)):
+        damage = _check_bytes(folder, name, checksums.get(name))
+        problems += damage or check(folder / name, manifest)
     recomputed = 0
     if source is not None:
         for problem in _recompute(source, chosen, config):
@@ -100,6 +102,15 @@ def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, A
         "recomputed": recomputed,
         "problems": problems,
     }
+
+
+def _check_bytes(folder: Path, name: str, sha256: str | None) -> list[str]:
+    """Comes before opening: HDF5 can crash the process on a damaged file."""
+    if not (folder / name).is_file():
+        return [f"{name} is missing"]
+    if sha256_of(folder / name) != sha256:
+        return [f"{name} has another checksum than the manifest says; it was not read"]
+    return []
 
 
 def _check_entry(entry: Entry, file: str) -> list[str]:
@@ -120,10 +131,8 @@ def _check_entry(entry: Entry, file: str) -> list[str]:
     return problems
 
 
-def _check_rejects(folder: Path, expected: int) -> list[str]:
-    path = folder / "rejects.csv"
-    if not path.is_file():
-        return ["rejects.csv is missing"]
+def _check_rejects(path: Path, manifest: dict[str, Any]) -> list[str]:
+    expected = manifest["rejected"]
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             rows = sum(1 for _ in csv.DictReader(stream))
@@ -132,9 +141,9 @@ def _check_rejects(folder: Path, expected: int) -> list[str]:
     return [] if rows == expected else [f"rejects.csv has {rows} rows, the manifest {expected}"]
 
 
-def _check_virtual(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def _check_virtual(path: Path, manifest: dict[str, Any]) -> list[str]:
     try:
-        with h5py.File(folder / "dataset.h5", "r") as file:
+        with h5py.File(path, "r") as file:
             found = len(file["id"]), len(file["hkl"]), int(file["offsets"][-1])
     except Exception as error:  # as in a shard
         return [f"dataset.h5 cannot be read: {type(error).__name__}: {error}"]

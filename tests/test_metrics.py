@@ -113,13 +113,13 @@ def test_fractional_weights_agree_with_scikit_learn():
 def _sets(draw):
     classes = draw(st.integers(2, 4))
     number = draw(st.integers(classes, 25))
-    cells = st.lists(st.integers(0, 4), min_size=classes, max_size=classes)
-    counts = draw(st.lists(cells.filter(any), min_size=number, max_size=number))
+    cells = st.lists(st.integers(0, 4), min_size=number * classes, max_size=number * classes)
+    rows = np.array(draw(cells), dtype=float).reshape(number, classes)
+    rows[rows.sum(axis=1) == 0] = 1
     rest = st.lists(st.integers(0, classes - 1), min_size=number, max_size=number)
     labels = np.array([*range(classes), *draw(rest)][:number])
     weights = np.array(draw(st.lists(st.integers(0, 3), min_size=number, max_size=number)))
     weights[:classes] += 1
-    rows = np.array(counts, dtype=float)
     return labels, rows / rows.sum(axis=1, keepdims=True), weights
 
 

@@ -107,38 +107,34 @@ def test_one_seed_is_the_group_bootstrap_of_the_crystals(classes):
         assert row["seeds"] == 1
 
 
-def test_the_interval_is_crystals_and_trainings_written_out_row_by_row():
-    random = np.random.default_rng(2)
-    predictions = _simulated(random, {"none": 1.2, "radial": 1.0}, between=0.1, crystals=80)
+def test_the_interval_is_crystals_and_trainings_written_out():
+    random = np.random.default_rng(22)
+    predictions = _simulated(random, {"none": 1.2, "radial": 1.0}, crystals=80)
     trials = {a: [_trial(predictions, f"{a}-{s}") for s in range(3)] for a in ("none", "radial")}
     labels, _, groups = trials["none"][0]
     members = {g: np.flatnonzero(np.array(groups) == g) for g in set(groups)}
-
-    def gains(rows):
-        none, radial = (
-            [score(labels[rows], trial[1][rows])["auroc"][0] for trial in trials[arm]]
-            for arm in ("none", "radial")
-        )
-        return np.subtract(radial, none)
-
-    draws = []
-    for _ in range(400):
+    counts = [np.ones(80, dtype=int)]  # the whole set, then 1000 draws of groups
+    for _ in range(1000):
         names = random.choice(sorted(members), size=len(members))
-        draws.append(gains(np.concatenate([members[name] for name in names])).mean())
-    whole = gains(np.arange(len(labels)))
-    error = math.sqrt(sum((whole - whole.mean()) ** 2) / 2 / 3)
+        rows = np.concatenate([members[name] for name in names])
+        counts.append(np.bincount(rows, minlength=80))
+    none, radial = (
+        np.stack([score(labels, p, np.stack(counts))["auroc"] for _, p, _ in trials[arm]])
+        for arm in ("none", "radial")
+    )
+    mean, *draws = (radial - none).mean(axis=0)
+    error = math.sqrt(sum(((radial - none)[:, 0] - mean) ** 2) / 2 / 3)
     # Student's t by its definition: a normal variate over the root of χ² by its 2 degrees.
-    normals = random.normal(size=(3, 400, 50))
+    normals = random.normal(size=(3, 1000, 50))
     noise = error * normals[0] / np.sqrt((normals[1:] ** 2).mean(axis=0))
-    low, high = np.percentile(np.array(draws)[:, None] + noise, (2.5, 97.5))
     row = _row(effect_table(predictions, resamples=1000), "radial")
-    tolerance = 0.08 * (high - low)
-    assert row["difference"] == pytest.approx(whole.mean(), abs=1e-12)
-    assert [row["low"], row["high"]] == pytest.approx([low, high], abs=tolerance)
+    assert row["difference"] == pytest.approx(mean, abs=1e-12)
+    low, high = np.percentile(np.array(draws)[:, None] + noise, (2.5, 97.5))
+    assert [row["low"], row["high"]] == pytest.approx([low, high], abs=0.04 * (high - low))
     # Variants that must fail: crystals alone, trainings alone.
-    for part in (draws, whole.mean() + noise):
+    for part in (draws, mean + noise):
         low, high = np.percentile(part, (2.5, 97.5))
-        assert row["high"] - row["low"] > high - low + 2 * tolerance
+        assert row["high"] - row["low"] > 1.15 * (high - low)
 
 
 # 97.5 percentiles of Student's t with S − 1 degrees of freedom, from his table.
@@ -146,14 +142,14 @@ def test_the_interval_is_crystals_and_trainings_written_out_row_by_row():
 def test_without_doubt_about_the_crystals_the_interval_is_students(seeds, t):
     # Two groups with the same crystals: every resample has the same metrics as the whole set.
     random = np.random.default_rng(12)
-    labels = np.tile(random.integers(2, size=300), 2)
+    labels = np.tile(random.integers(2, size=100), 2)
     tables = []
     for seed in range(seeds):
         for arm in ("none", "arm"):
-            logit = 2 * labels - 1 + np.tile(random.normal(size=300), 2)
+            logit = labels + np.tile(random.normal(size=100), 2)
             p = 1 / (1 + np.exp(-logit))
             name = f"{arm}-{seed}"
-            tables.append(_table(name, arm, seed, np.arange(600) // 300, labels, [1 - p, p]))
+            tables.append(_table(name, arm, seed, np.arange(200) // 100, labels, [1 - p, p]))
     predictions = pa.concat_tables(tables)
     whole = {
         a: [score(*_trial(predictions, f"{a}-{s}")[:2])["auroc"][0] for s in range(seeds)]
@@ -171,26 +167,29 @@ def test_without_doubt_about_the_crystals_the_interval_is_students(seeds, t):
             assert end == pytest.approx(half, rel=0.07)
 
 
-def test_a_planted_effect_is_found_and_has_the_planted_sign():
+@pytest.mark.parametrize(("seeds", "skill"), [(2, 1.0), (3, 1.5)])
+def test_a_planted_effect_is_found_and_has_the_planted_sign(seeds, skill):
     random = np.random.default_rng(3)
-    predictions = _simulated(random, {"none": 1.5, "worse": 0.5, "better": 2.5}, crystals=300)
+    skills = {"none": skill, "worse": skill - 1, "better": skill + 1}
+    predictions = _simulated(random, skills, seeds=seeds, crystals=300)
     effects = effect_table(predictions, resamples=300)
     worse, better = _row(effects, "worse"), _row(effects, "better")
     assert worse["low"] <= worse["difference"] <= worse["high"] < 0
     assert 0 < better["low"] <= better["difference"] <= better["high"]
-    whole = [score(*_trial(predictions, f"worse-{s}")[:2])["auroc"][0] for s in range(3)]
+    whole = [score(*_trial(predictions, f"worse-{s}")[:2])["auroc"][0] for s in range(seeds)]
     assert worse["value"] == pytest.approx(np.mean(whole), abs=1e-12)
     assert worse["none"] == pytest.approx(_row(metric_table(predictions), "none")["value"])
 
 
 @pytest.mark.parametrize("between", [0.0, 0.3])
-def test_a_planted_null_is_rarely_called_an_effect(between):
+def test_a_planted_null_is_rarely_called_an_effect(between, monkeypatch):
     # Arms of equal merit with one, two and three pairs; trainings differ by noise on single
     # crystals, and with `between` some are better than others throughout.
+    monkeypatch.setattr("ablation.stats.METRICS", {"auroc": METRICS["auroc"]})  # it is faster
     random = np.random.default_rng(4)
     names = {"one": 1, "two": 2, "three": 3}
     dropped = pa.array([f"{arm}-{s}" for arm, seeds in names.items() for s in range(seeds, 3)])
-    called, simulations = dict.fromkeys(names, 0), 200
+    called, simulations = dict.fromkeys(names, 0), 120
     for seed in range(simulations):
         predictions = _simulated(
             random, dict.fromkeys(("none", *names), 1.0), crystals=80, between=between
@@ -202,8 +201,7 @@ def test_a_planted_null_is_rarely_called_an_effect(between):
             assert row["seeds"] == seeds
             called[arm] += not row["low"] <= 0 <= row["high"]
     rate = {arm: number / simulations for arm, number in called.items()}
-    assert rate["two"] <= 0.1
-    assert rate["three"] <= 0.1
+    assert max(rate["two"], rate["three"]) <= 0.1
     if between:
         assert rate["one"] >= 0.4  # the variant that must fail: crystals only
     else:
@@ -288,65 +286,14 @@ def test_only_seeds_in_both_arms_are_paired():
     assert set(metric_table(kept, resamples=40)["arm"].to_pylist()) == {"none", "a", "b"}
 
 
-def test_one_class_gives_nan_and_no_exception():
-    labels = np.zeros(6, dtype=np.int64)
-    halves = [np.full(6, 0.5), np.full(6, 0.5)]
-    arms = [_table(a, a, 0, np.arange(6), labels, halves) for a in ("none", "a")]
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_class_gives_nan_and_no_exception(seeds):
+    labels, halves = np.zeros(6, dtype=np.int64), np.full((2, 6), 0.5)
+    arms = [
+        _table(f"{a}-{s}", a, s, np.arange(6), labels, halves)
+        for a in ("none", "a")
+        for s in range(seeds)
+    ]
     row = _row(effect_table(pa.concat_tables(arms), resamples=20), "a")
     assert all(math.isnan(row[name]) for name in ("none", "value", "difference", "low", "high"))
     assert _row(effect_table(pa.concat_tables(arms), resamples=20), "a", "ece")["difference"] == 0
-
-
-def _edited(predictions, column, change):
-    values = predictions[column].to_pylist()
-    change(values)
-    index = predictions.column_names.index(column)
-    return predictions.set_column(index, column, pa.array(values, predictions[column].type))
-
-
-def _renamed(trial):
-    return _edited(trial, "trial", lambda names: names.__setitem__(slice(None), ["x"] * len(names)))
-
-
-def _set(index, value):
-    return lambda values: values.__setitem__(index, value)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.slice(1), r"trial 'a-0' .* 0 are missing \[\], 1 are new \['mp-0'\]"),
-        (lambda t: t.slice(0, 11), r"trial 'a-0' .* 1 are missing \['mp-5'\], 0 are new"),
-        (lambda t: _edited(t, "id", _set(7, "x")), r"'a-0' .*missing \['mp-1'\], 1 .* \['x'\]"),
-        (lambda t: _edited(t, "id", _set(7, "mp-0")), "'a-0' has 1 crystals more than once.*mp-0"),
-        (lambda t: _edited(t, "label", _set(8, 1)), "'a-0' .* differ in label .*'mp-2'"),
-        (lambda t: _edited(t, "group", _set(8, "g")), "'a-0' .* differ in group .*'mp-2'"),
-        (lambda t: _edited(t, "seed", _set(0, 5)), "trial 'none-0' has 2 pairs of arm and seed"),
-        (
-            lambda t: pa.concat_tables([t, _renamed(t.slice(6))]),
-            "arm 'a' has another trial with seed 0",
-        ),
-        (lambda t: _edited(t, "p1", _set(9, math.nan)), "arm 'a', seed 0: probabilities_NC"),
-        (lambda t: _edited(t, "p1", _set(9, None)), "1 rows without p1"),
-        (lambda t: t.drop_columns(["p1"]), r"lack columns \['p1'\]"),
-        (lambda t: t.rename_columns([*t.column_names[:-1], "p2"]), r"lack columns \['p1'\]"),
-        (lambda t: t.drop_columns(["group"]), r"lack columns \['group'\]"),
-        (lambda t: t.slice(0, 0), "have 0 rows"),
-        (lambda t: t.set_column(5, "label", pa.array([0.0] * 12)), "label has type double"),
-    ],
-)
-def test_tables_that_do_not_fit_are_named(change, message):
-    labels, p = np.array([0, 0, 0, 1, 1, 1]), np.linspace(0.1, 0.9, 6)
-    tables = [_table(f"{a}-0", a, 0, range(6), labels, [1 - p, p]) for a in ("none", "a")]
-    good = pa.concat_tables(tables)
-    assert metric_table(good, resamples=5).num_rows == 12
-    for make in (metric_table, effect_table):
-        with pytest.raises(ValueError, match=message):
-            make(change(good), resamples=5)
-
-
-def test_a_missing_reference_is_named():
-    predictions = _simulated(np.random.default_rng(11), {"a": 1.0, "b": 1.0}, crystals=20)
-    with pytest.raises(ValueError, match=r"no arm 'none'.*\n.*a, b"):
-        effect_table(predictions, resamples=5)
-    assert set(effect_table(predictions, reference="a", resamples=5)["arm"].to_pylist()) == {"b"}

@@ -1,6 +1,6 @@
 """What decides a training; with the dataset's content hash, all of it."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -50,6 +50,10 @@ class TrainingConfig(Config):
             raise ValueError(f"{self.workers} workers cannot share batch_size = {self.batch_size}")
         task_of(self.task, self.threshold)
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the trained model: all but how the work is shared and how often saved."""
+        return self.model_dump(exclude={"workers", "checkpoint_steps"})
 
     @property
     def question(self) -> Task:

@@ -6,7 +6,6 @@ loop is the one of a single worker, so that both give the same result within rou
 
 import csv
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,15 +52,6 @@ class Group:
 
 
 class _Worker:
-    def rendezvous(self) -> str:
-        """A free address on this worker's node for the process group to meet at."""
-        import ray
-
-        ip = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((ip, 0))
-            return f"tcp://{ip}:{probe.getsockname()[1]}"
-
     def fit(
         self,
         rank: int,
@@ -105,12 +95,13 @@ def fit_on_workers(
         UserError: as `fit` does, from whichever worker it came.
     """
     gpus = 1 if torch.cuda.is_available() else 0
-    with local_ray(config.workers):
+    with local_ray(config.workers) as private:
         import ray
 
         kind: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
         workers = [kind.remote() for _ in range(config.workers)]
-        meeting = ray.get(workers[0].rendezvous.remote())
+        # A file in the private folder: torch's TCP store would listen on all interfaces.
+        meeting = f"file://{private / 'meeting'}"
         arguments = (meeting, str(dataset), str(run), config, identity, resume)
         waiting = [w.fit.remote(rank, *arguments) for rank, w in enumerate(workers)]
         shown = 0

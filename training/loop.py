@@ -139,7 +139,7 @@ def fit(
         The model of the best validation epoch, or None when stopped early.
 
     Raises:
-        UserError: no usable classes, or a checkpoint of another training.
+        UserError: no usable classes, a checkpoint of another training, or a training that diverges.
     """
     peers = peers or Alone()
     parts = Parts.of(data, config)
@@ -149,7 +149,7 @@ def fit(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     at, best = _Position(), dict(model.state_dict())
-    signature = {"config": config.model_dump(exclude={"workers"}), "identity": identity}
+    signature = {"config": config.deciding(), "identity": identity}
     path = run / CHECKPOINT
     if resume and path.exists():
         at, best = _restore(path, signature, model, optimizer)
@@ -182,8 +182,9 @@ def fit(
         at.history.append(record)
         at.epoch, at.step, at.loss_sum = at.epoch + 1, 0, 0.0
         if peers.rank == 0:
-            _save(path, at, best, signature, model, optimizer)
+            # In this order: a training that ends with its checkpoint has its whole history.
             write_text(run / "history.csv", _table(at.history))
+            _save(path, at, best, signature, model, optimizer)
         progress(Progress(at.epoch - 1, config.epochs, steps, steps, record))
         if taken == stop_after and at.epoch < config.epochs:
             return None
@@ -240,6 +241,11 @@ def _validate(
 ) -> dict[str, float]:
     rows = parts.rows["validation"]
     logits = torch.from_numpy(predict(model, data, rows, config.batch_size, peers))
+    if not logits.isfinite().all():
+        raise UserError(
+            f"training diverged in epoch {at.epoch}: the network's answers are not finite",
+            remedy=f"lower learning_rate = {config.learning_rate:g}",
+        )
     target = parts.target_N[rows]
     scores = score(target.numpy(), logits.double().softmax(dim=1).numpy())
     return {

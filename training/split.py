@@ -65,7 +65,8 @@ class Parts:
         for name, part in rows.items():
             have = set(np.unique(target[part]).tolist())
             if len(have) < 2 or (name == "train" and have != present):
-                missing = [task.classes[c] for c in sorted(present - have)] or list(task.classes)
+                wanted = present if len(have) > 1 else set(range(len(task.classes)))
+                missing = [task.classes[c] for c in sorted(wanted - have)]
                 raise UserError(
                     f"{name}: {len(part)} crystals, none of class {', '.join(missing)}",
                     remedy="give more crystals, or another threshold or split fraction",

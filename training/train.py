@@ -34,13 +34,15 @@ def train(
         UserError: no dataset, no usable classes, or `run` holds another training.
     """
     identity = {"content_hash": read_manifest(dataset)["content_hash"]}
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file", remedy="give the path of a new folder")
     if (run / CHECKPOINT).exists() and not resume:
         raise UserError(
             f"{run} holds a training already", remedy="add --resume to go on, or give a new folder"
         )
     if not resume and run.exists() and any(run.iterdir()):
         raise UserError(f"{run} is not empty", remedy="give a new folder")
-    if not (run / "config.json").exists():
+    if not (run / CHECKPOINT).exists():
         recorded = {
             "dataset": str(dataset.resolve()),
             "training": config.model_dump(),

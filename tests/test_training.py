@@ -1,0 +1,438 @@
+"""The loop: exact resumption after any interruption, what is saved, and several workers."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import safe_open
+from small import tiny
+
+from cluster.errors import UserError
+from training import checkpoint, loop
+from training.distributed import fit_on_workers
+from training.evaluate import evaluate_run, load_model
+from training.loop import CHECKPOINT, MODEL, Alone, fit, learning_rate, predict
+from training.models import PointNet
+from training.split import Parts
+from training.train import train
+
+IDENTITY = {"content_hash": "0" * 64}
+
+
+class Crash(Exception):
+    pass
+
+
+def run(folder, data, config, **options):
+    return fit(folder, data, config, identity=IDENTITY, **options)
+
+
+def contents(folder):
+    """All that a finished training leaves, but for the position of bytes in files."""
+    model, state = checkpoint.read(folder / MODEL)
+    last, position = checkpoint.read(folder / CHECKPOINT)
+    tensors = checkpoint.pack("model", model) | checkpoint.pack("checkpoint", last)
+    return tensors, [state, position, (folder / "history.csv").read_text()]
+
+
+def assert_same(one, other):
+    (tensors, state), (other_tensors, other_state) = contents(one), contents(other)
+    assert state == other_state
+    assert tensors.keys() == other_tensors.keys()
+    for name in tensors.keys() - {"checkpoint.rng"}:  # of nothing but dropout, which there is not
+        assert torch.equal(tensors[name], other_tensors[name]), name
+
+
+@pytest.fixture(scope="module")
+def steps(clouds):
+    """Steps of an epoch."""
+    steps = -(-len(Parts.of(clouds, tiny()).rows["train"]) // 16)
+    assert steps >= 4
+    return steps
+
+
+@pytest.fixture(scope="module")
+def whole(clouds, tmp_path_factory):
+    """A training that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, clouds, tiny(checkpoint_steps=2))
+    return folder
+
+
+# --- resumption ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["first step", "mid-epoch", "boundary", "second boundary", "end"])
+def test_resumed_is_uninterrupted_bit_for_bit(clouds, whole, steps, tmp_path, place):
+    stop = {
+        "first step": 1,  # before any checkpoint
+        "mid-epoch": steps + 3,  # after the last checkpoint
+        "boundary": steps,
+        "second boundary": 2 * steps,
+        "end": 3 * steps - 1,
+    }[place]
+    config = tiny(checkpoint_steps=2)
+    assert run(tmp_path, clouds, config, stop_after=stop) is None
+    assert not (tmp_path / MODEL).exists()
+    torch.manual_seed(int(torch.randint(1 << 30, ())))  # the new process knows nothing
+    assert run(tmp_path, clouds, config, resume=True) is not None
+    assert_same(tmp_path, whole)
+
+
+def test_stopping_after_every_step_is_uninterrupted(clouds, whole, tmp_path):
+    config = tiny(checkpoint_steps=1)
+    calls = 0
+    while run(tmp_path, clouds, config, resume=True, stop_after=1) is None:
+        calls += 1
+    assert calls > 10
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("victim", ["checkpoint.save", "write_text"])
+def test_a_crash_at_any_write_loses_nothing(clouds, whole, tmp_path, monkeypatch, victim):
+    owner, name = (checkpoint, "save") if victim == "checkpoint.save" else (loop, victim)
+    write = getattr(owner, name)
+    writes = 0
+    for doomed in range(100):
+        folder, count = tmp_path / str(doomed), 0
+
+        def crashing(path, *content, doomed=doomed):
+            nonlocal count
+            count += 1
+            if count == doomed + 1:
+                raise Crash
+            write(path, *content)
+
+        monkeypatch.setattr(owner, name, crashing)
+        try:
+            run(folder, clouds, tiny(checkpoint_steps=3))
+            break
+        except Crash:
+            writes += 1
+        monkeypatch.setattr(owner, name, write)
+        run(folder, clouds, tiny(checkpoint_steps=3), resume=True)
+        assert_same(folder, whole)
+    assert writes == {"checkpoint.save": 7, "write_text": 3}[victim]
+
+
+def test_a_finished_training_resumes_to_itself(clouds, whole, tmp_path):
+    run(tmp_path, clouds, tiny())
+    before = contents(tmp_path)[0]
+    model = run(tmp_path, clouds, tiny(), resume=True)
+    assert all(torch.equal(before[f"model.{n}"], t) for n, t in model.state_dict().items())
+    assert_same(tmp_path, whole)  # checkpoint_steps does not decide the result
+
+
+def test_the_comparison_finds_another_seed(clouds, whole, tmp_path):
+    run(tmp_path, clouds, tiny(checkpoint_steps=2, seed=1))
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_to_the_same_model(dataset, tmp_path):
+    config = tiny(epochs=30, checkpoint_steps=1)
+    settings = tmp_path / "training.toml"
+    given = config.model_dump(exclude_none=True)
+    settings.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in given.items()))
+    train(dataset, tmp_path / "reference", config)
+
+    command = [sys.executable, "-m", "xtal", "train", str(dataset), str(tmp_path / "killed")]
+    command += ["--config", str(settings), "--json"]
+    history = tmp_path / "killed" / "history.csv"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as victim:
+        deadline = time.monotonic() + 120
+        while not (history.exists() and len(history.read_text().splitlines()) > 3):
+            assert victim.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        victim.send_signal(signal.SIGKILL)
+    assert victim.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / MODEL).exists()
+
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "killed", tmp_path / "reference")
+    ours, reference = (
+        json.loads((tmp_path / name / "metrics.json").read_text())
+        for name in ("killed", "reference")
+    )
+    assert json.loads(done.stdout) == ours
+    ours.pop("provenance"), reference.pop("provenance")
+    assert ours == reference
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"width": 32}, "width = 16 there, 32 now"),
+        ({"seed": 5}, "seed = 0 there, 5 now"),
+        ({"learning_rate": 1e-3}, "learning_rate = 0.002 there, 0.001 now"),
+        ({"epochs": 9}, "epochs = 3 there, 9 now"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused(clouds, whole, change, names):
+    with pytest.raises(UserError, match=names):
+        run(whole, clouds, tiny(checkpoint_steps=2, **change), resume=True)
+
+
+def test_a_checkpoint_of_another_dataset_is_refused(clouds, whole):
+    with pytest.raises(UserError, match=r"content_hash = '000.*' there, 'other' now"):
+        fit(whole, clouds, tiny(), identity={"content_hash": "other"}, resume=True)
+
+
+@pytest.mark.parametrize("left", [0, 5, 8, 100, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_a_user_error(clouds, whole, tmp_path, left):
+    content = (whole / CHECKPOINT).read_bytes()
+    size = left if isinstance(left, int) else int(left * len(content))
+    (tmp_path / CHECKPOINT).write_bytes(content[:size])
+    with pytest.raises(UserError, match="is no checkpoint"):
+        run(tmp_path, clouds, tiny(), resume=True)
+
+
+def test_checkpoints_are_safetensors_and_foreign_ones_are_refused(whole, tmp_path):
+    for name in (CHECKPOINT, MODEL):
+        with safe_open(whole / name, framework="np") as file:
+            assert "state" in file.metadata()
+            assert all(np.isfinite(file.get_tensor(k)).all() for k in file.keys())  # noqa: SIM118
+        head = (whole / name).read_bytes()[:64]
+        assert not head.startswith((b"\x80", b"PK"))  # neither a pickle nor torch's zip of one
+    torch.save({"a": torch.zeros(2)}, tmp_path / "pickle.safetensors")
+    with pytest.raises(UserError, match="is no checkpoint"):
+        checkpoint.read(tmp_path / "pickle.safetensors")
+    with pytest.raises(UserError, match="no such file"):
+        checkpoint.read(tmp_path / "absent.safetensors")
+
+
+def test_a_training_that_diverges_says_so(clouds, tmp_path):
+    with pytest.raises(UserError, match=r"diverged in epoch 0.*\n.*lower learning_rate"):
+        run(tmp_path, clouds, tiny(learning_rate=1e30))
+
+
+# --- what the network sees -----------------------------------------------------------------------
+
+
+def seen_clouds(monkeypatch, folder, data, config):
+    """(is training, batch) of each call of the network."""
+    seen = []
+    forward = PointNet.forward
+
+    def watching(self, batch):
+        seen.append((self.training, batch))
+        return forward(self, batch)
+
+    monkeypatch.setattr(PointNet, "forward", watching)
+    run(folder, data, config)
+    monkeypatch.setattr(PointNet, "forward", forward)
+    return seen
+
+
+def test_training_alone_is_rotated_and_every_crystal_comes_once_an_epoch(
+    clouds, tmp_path, monkeypatch
+):
+    # The intensity at the origin tells which crystal a cloud is.
+    marks = torch.arange(1.0, len(clouds) + 1)
+    intensity = clouds.intensity_P.clone()
+    intensity[clouds.multiplicity_P == 1] = marks
+    data = replace(clouds, intensity_P=intensity)
+    parts = Parts.of(data, tiny())
+    seen = seen_clouds(monkeypatch, tmp_path, data, tiny(epochs=2, batch_size=13))
+    rows = {True: [], False: []}
+    angles = []
+    for training, batch in seen:
+        for q, i in zip(
+            batch.q_P3.split(batch.lengths_B.tolist()),
+            batch.intensity_P.split(batch.lengths_B.tolist()),
+            strict=True,
+        ):
+            row = int(i[(q == 0).all(dim=1)].item()) - 1
+            rows[training].append(row)
+            stored = data.batch(torch.tensor([row])).q_P3
+            if training:
+                turn = torch.linalg.lstsq(stored.double(), q.double()).solution.T
+                assert torch.allclose(turn @ turn.T, torch.eye(3).double(), atol=1e-4)
+                assert torch.linalg.det(turn) > 0
+                angles.append(float(torch.trace(turn)))
+            else:
+                assert torch.equal(q, stored)
+    train_rows = sorted(parts.rows["train"].tolist())
+    half = len(rows[True]) // 2
+    assert sorted(rows[True][:half]) == sorted(rows[True][half:]) == train_rows
+    assert rows[True][:half] != rows[True][half:]  # in another order
+    assert rows[False] == 2 * parts.rows["validation"].tolist()  # never a test crystal
+    assert len({round(a, 4) for a in angles}) > 0.9 * len(angles)  # each turned by its own
+    assert np.mean(angles) == pytest.approx(0, abs=5 / len(angles) ** 0.5)
+
+
+def test_predictions_do_not_depend_on_the_batch_size_and_keep_the_order(clouds, whole):
+    model, _ = load_model(whole / MODEL)
+    rows = torch.tensor([5, 3, 100, 7, 7, 0, 88])
+    whole_batch = predict(model, clouds, rows, 64)
+    assert np.allclose(predict(model, clouds, rows, 2), whole_batch, atol=1e-6)
+    assert np.allclose(predict(model, clouds, rows.flip(0), 3), whole_batch[::-1], atol=1e-6)
+    assert np.array_equal(whole_batch[3], whole_batch[4])
+
+
+def test_the_best_epoch_is_kept_and_the_rate_falls_to_zero(clouds, tmp_path):
+    config = tiny(epochs=8, learning_rate=2e-2)
+    run(tmp_path, clouds, config)
+    with (tmp_path / "history.csv").open() as stream:
+        history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+    assert [row["epoch"] for row in history] == list(range(8))
+    best = max(history, key=lambda row: (row["validation_auroc"], -row["validation_loss"]))
+    model, state = load_model(tmp_path / MODEL)
+    assert state["best_epoch"] == best["epoch"]
+    parts = Parts.of(clouds, config)
+    rows = parts.rows["validation"]
+    logits = torch.from_numpy(predict(model, clouds, rows, 16))
+    loss = torch.nn.functional.cross_entropy(logits, parts.target_N[rows])
+    assert float(loss) == pytest.approx(best["validation_loss"], rel=1e-6)
+    rates = [learning_rate(i, 100, config) for i in range(100)]
+    assert max(rates) == pytest.approx(2e-2)
+    assert rates.index(max(rates)) in (9, 10)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[0] <= 2e-3
+    assert rates[-1] < 1e-4
+
+
+# --- the folder of a run -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train") / "run"
+    return folder, train(dataset, folder, tiny())
+
+
+def test_a_reloaded_model_gives_the_same_metrics(finished, dataset):
+    folder, answer = finished
+    before = pq.read_table(folder / "predictions.parquet")
+    assert json.loads((folder / "metrics.json").read_text()) == answer
+    again = evaluate_run(folder)
+    assert answer | {"provenance": 0} == again | {"provenance": 0}
+    assert pq.read_table(folder / "predictions.parquet").equals(before)
+    assert set(answer["metrics"]) == {
+        "auroc", "average_precision", "balanced_accuracy", "f1", "mcc", "ece"
+    }  # fmt: skip
+
+
+def test_predictions_are_of_the_held_out_crystals(finished, clouds):
+    table = pq.read_table(finished[0] / "predictions.parquet").to_pydict()
+    parts = Parts.of(clouds, tiny())
+    expected = [clouds.ids[r] for s in ("validation", "test") for r in parts.rows[s].tolist()]
+    assert table["id"] == expected
+    p = np.array([table[f"p{c}"] for c in range(7)])
+    assert np.allclose(p.sum(axis=0), 1)
+    assert set(table["split"]) == {"validation", "test"}
+
+
+def test_a_folder_in_use_is_refused(finished, dataset, tmp_path):
+    with pytest.raises(UserError, match=r"holds a training already\n.*--resume"):
+        train(dataset, finished[0], tiny())
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        train(dataset, tmp_path, tiny())
+    with pytest.raises(UserError, match="is a file"):
+        train(dataset, tmp_path / "notes.txt", tiny())
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_change_its_mind(dataset, tmp_path):
+    with pytest.raises(UserError, match="no label bulk_modulus"):
+        train(dataset, tmp_path / "run", tiny(task="bulk_modulus"))
+    answer = train(dataset, tmp_path / "run", tiny(epochs=1), resume=True)
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert answer["task"] == recorded["training"]["task"] == "crystal_system"
+
+
+def test_another_dataset_is_not_evaluated(finished, dataset, tmp_path):
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"content_hash": "f" * 64}))
+    with pytest.raises(UserError, match=r"content hash ffff.*, the model was trained on"):
+        evaluate_run(finished[0], tmp_path)
+    with pytest.raises(UserError, match="is no training run"):
+        evaluate_run(tmp_path)
+    (tmp_path / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
+    with pytest.raises(UserError, match="has not finished"):
+        evaluate_run(tmp_path, dataset)
+
+
+# --- several workers -----------------------------------------------------------------------------
+
+
+class Share(Alone):
+    """One of `size` workers, driven by hand: collects what it is asked to sum."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size, self.sums = rank, size, []
+
+    def sum(self, tensors):
+        self.sums.append([t.clone() for t in tensors])
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_shares_of_a_batch_add_up_to_its_gradient(clouds, size):
+    parts = Parts.of(clouds, tiny())
+    rows = parts.rows["train"][:4]  # fewer crystals than five workers
+    turns = loop.random_rotations(4, torch.Generator().manual_seed(0))
+
+    def summed(peers):
+        model = loop.build_model(tiny(), clouds, parts.rows["train"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        loop._step(model, optimizer, clouds, parts, rows, turns, peers)
+        return peers.sums[0]
+
+    alone = summed(Share(0, 1))
+    shares = [summed(Share(rank, size)) for rank in range(size)]
+    for tensor, *pieces in zip(alone, *shares, strict=True):
+        assert torch.allclose(sum(pieces), tensor, rtol=1e-4, atol=1e-6)
+    assert alone[-1] > 0  # the loss
+
+
+def epochs_of(folder):
+    with (folder / "history.csv").open() as stream:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_result_of_one(dataset, clouds, tmp_path):
+    config = tiny(batch_size=19, epochs=2)
+    parts = Parts.of(clouds, config)
+    assert len(parts.rows["train"]) % 19 % 2 or len(parts.rows["validation"]) % 2  # odd tails
+    fit(tmp_path / "one", clouds, config, identity=IDENTITY)
+    two = config.model_copy(update={"workers": 2})
+    seen = []
+    fit_on_workers(
+        dataset, tmp_path / "two", two, identity=IDENTITY, resume=False, progress=seen.append
+    )
+    assert [at.epoch for at in seen] == [0, 1]
+    one, other = (checkpoint.read(tmp_path / n / MODEL) for n in ("one", "two"))
+    assert one[1] == other[1]
+    for name, tensor in one[0].items():
+        assert torch.allclose(other[0][name], tensor, rtol=1e-3, atol=1e-5), name
+    for a, b in zip(epochs_of(tmp_path / "one"), epochs_of(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    # One worker may go on where two stopped: the checkpoint is the same.
+    model = fit(tmp_path / "two", clouds, config, identity=IDENTITY, resume=True)
+    assert all(torch.equal(other[0][n], t) for n, t in model.state_dict().items())
+    # A bad request is the worker's UserError, word for word.
+    with pytest.raises(UserError, match="no label band_gap"):
+        fit_on_workers(
+            dataset,
+            tmp_path / "three",
+            two.model_copy(update={"task": "band_gap"}),
+            identity=IDENTITY,
+            resume=False,
+            progress=seen.append,
+        )
