@@ -63,8 +63,8 @@ def notes(study: Study) -> list[str]:
         )
     elif len(seeds) < 5:
         found.append(
-            f"With only {len(seeds)} training seeds the intervals show the randomness of training "
-            "roughly, and rather too small."
+            f"With only {len(seeds)} training seeds the intervals are wide: an effect that is not "
+            "resolved may still exist."
         )
     if len(study.effects) > 1:
         found.append(
