@@ -5,12 +5,15 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import FrameType
 
 # Ray listens on all interfaces unless the node's address is exactly this one, and on Linux it
 # replaces this one by another unless it is told that there is no cluster.
@@ -55,6 +58,8 @@ def local_ray(cpus: int) -> Iterator[Path]:
         "GLOO_SOCKET_IFNAME": "lo",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
+    in_main = threading.current_thread() is threading.main_thread()
+    terminated = signal.getsignal(signal.SIGTERM)
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -67,8 +72,13 @@ def local_ray(cpus: int) -> Iterator[Path]:
             _node_ip_address=_LOOPBACK,
             _temp_dir=str(folder / "ray"),  # Ray opens its own folder to everybody
         )
+        if in_main:
+            # Ray's own handler aborts with a stack trace; a batch system sends this at the limit.
+            signal.signal(signal.SIGTERM, _leave)
         yield folder
     finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, terminated)
         ray.shutdown()
         for name, value in before.items():
             if value is None:
@@ -77,6 +87,10 @@ def local_ray(cpus: int) -> Iterator[Path]:
                 os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _remove_orphans() -> None:

@@ -330,7 +330,9 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replacing(path):
         pass  # wrote nothing: not an empty file
     assert path.read_text() == "old"
-    write_text(path, "né")
+    with path.open() as reader:  # of the old file, which is replaced, not written over
+        write_text(path, "né")
+        assert reader.read() == "old"
     assert path.read_bytes() == "né".encode()
     assert list(path.parent.iterdir()) == [path]
 
