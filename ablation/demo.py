@@ -29,6 +29,10 @@ _FEATURIZATION = FeaturizationConfig(selection="miller:2")
 _TRAINING = {"width": 128, "batch_size": 16}
 _CLOUDS_SEEN = 28_000
 _SEEDS = (0, 1)
+_CAVEAT = (
+    "These crystals are decorated prototypes, each prototype on both sides of the split: a trial "
+    "of the machinery, not of unseen structure types. Try --source with your own."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,8 @@ def run_demo(folder: Path, source: str | None, task: str, bar: Bars) -> Answer:
             remedy=f"see {folder / 'ablation' / 'results.jsonl'}; run the demo again to retry",
         )
     report = write_report(folder / "ablation", dataset=dataset)
-    return Answer(_sentences(folder / "ablation", training), report)
+    sentences = _sentences(folder / "ablation", training)
+    return Answer(sentences if source else (*sentences, _CAVEAT), report)
 
 
 def _featurize(spec: str, dataset: Path, update: Callable[[float], None]) -> None:
@@ -120,7 +125,7 @@ def _sentences(folder: Path, training: TrainingConfig) -> tuple[str, ...]:
         f"Asked here: {task.question}",
         f"AUROC on unseen test groups: {_with_interval(none, 'value')} "
         f"({len(_SEEDS)} seeds; 0.5 is guessing, 1 is perfect).",
-        "What it loses when the pattern is perturbed and the network trained again:",
+        "Its change when the pattern is perturbed and the network trained again:",
     ]
     for row in (r for r in effects if r["metric"] == "auroc"):
         resolved = row["low"] > 0 or row["high"] < 0

@@ -66,10 +66,12 @@ def read_grid(path: Path, **overrides: Any) -> GridConfig:
     training = values.pop("training", {})
     if not isinstance(training, dict):
         raise UserError(f"{path}: training = {training!r}", remedy="write a table: [training]")
-    if "seed" in training:
-        raise UserError(
-            f"{path}: training.seed = {training['seed']!r}", remedy="use seeds = [0, 1, 2]"
-        )
+    for key, instead in (("seed", "seeds = [0, 1, 2]"), ("workers", "processes = 2")):
+        if key in training:
+            raise UserError(
+                f"{path}: training.{key} = {training[key]!r} has no place in a grid",
+                remedy=f"use {instead} at the top of the file",
+            )
     values["training"] = build_config(TrainingConfig, training, where=f"{path} [training]")
     given = {key: value for key, value in overrides.items() if value is not None}
     if "dataset" in values and "dataset" not in given:

@@ -67,7 +67,7 @@ def run_grid(
     parts = Parts.of(data, grid.training)
     _claim(out, grid, manifest, parts)
     before = _results(out)
-    todo = [t for t in planned if before.get(t.id, {}).get("status") != "done"]
+    todo = [t for t in planned if not _is_done(out, t, before)]
     if todo:
         _run(todo, len(planned), out, dataset, grid, progress)
     results = _results(out)
@@ -222,6 +222,11 @@ def _claim(out: Path, grid: GridConfig, manifest: dict[str, Any], parts: Parts) 
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no grid", remedy="give a new folder")
     write_text(path, json.dumps(description, indent=1, ensure_ascii=False))
+
+
+def _is_done(out: Path, trial: Trial, results: dict[str, dict[str, Any]]) -> bool:
+    recorded = results.get(trial.id, {}).get("status") == "done"
+    return recorded and (out / "trials" / trial.id / "predictions.parquet").exists()
 
 
 def _results(out: Path) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,7 @@ class FeaturizationConfig(Config):
     """A reflection with |F|² ≤ tolerance × (Σ|f|)² is absent."""
     max_points: int = Field(default=100_000, ge=1)
     """A crystal with more points (Friedel half) is rejected."""
-    id_prop_label: str = "target"
+    id_prop_label: str = Field(default="target", pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
     """Name of the values in an id_prop.csv without header row."""
     shard_structures: int = Field(default=4096, ge=1)
     """Crystals a shard."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,37 +25,12 @@ from training.config import TrainingConfig
 from training.dataset import CloudSet
 from training.metrics import score
 from training.models import PointNet
+from training.peers import Alone, Peers
 from training.rotations import random_rotations
 from training.split import Parts
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
-
-
-class Peers(Protocol):
-    """The workers that share each batch."""
-
-    rank: int
-    size: int
-
-    def sum(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its sum over the workers."""
-
-    def gather(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """All workers' rows, interleaved: row i of worker r is row i·size + r of the answer."""
-
-
-class Alone:
-    """One worker."""
-
-    rank = 0
-    size = 1
-
-    def sum(self, tensors: list[Tensor]) -> None:
-        pass
-
-    def gather(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        return rows
 
 
 @dataclass(frozen=True, slots=True)
