@@ -1,6 +1,7 @@
 """The `xtal` command: crystals → diffraction clouds → trained models → ablations → a report."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -212,6 +213,7 @@ def ablate(
     total = len(settings.arms) * len(settings.seeds) * settings.training.epochs
     with _bar(settings.training.question.question, total) as update:
         counts = run_grid(settings, folder, progress=lambda at: update(at.epochs))
+        update(total)
     _summary(f"grid {folder}", dict(counts))
     if counts["failed"]:
         raise UserError(
@@ -261,6 +263,9 @@ def demo(
 
 def main() -> None:
     """Entry point: exit code 0 on success, 2 for bad input, 1 for anything else."""
+    # Threads that wait for each other asleep: spinning makes a step four times slower as soon as
+    # another process wants the cores. OpenMP reads this when torch is imported, in the verbs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
