@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.config import build_config, read_toml
-from cluster.errors import UserError
+from cluster.errors import RunFailed, UserError
 from cluster.mpi import agree
 from cluster.mpi import ranks as mpi_ranks
 
@@ -216,7 +216,7 @@ def ablate(
         update(total)
     _summary(f"grid {folder}", dict(counts))
     if counts["failed"]:
-        raise UserError(
+        raise RunFailed(
             f"{counts['failed']} trials failed",
             remedy=f"see their tracebacks in {folder / 'results.jsonl'}; run again to retry them",
         )
@@ -279,6 +279,9 @@ def main() -> None:
         if isinstance(error, UserError):
             _complain("error", str(error))
             sys.exit(2)
+        if isinstance(error, RunFailed):
+            _complain("failed", str(error))
+            sys.exit(1)
         _complain("failed", f"{type(error).__name__}: {error}")
         err.print("  --debug shows where")
         sys.exit(1)

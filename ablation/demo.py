@@ -15,7 +15,7 @@ from ablation.grid import GridConfig
 from ablation.report import write_report
 from ablation.run import run_grid
 from cluster.config import build_config
-from cluster.errors import UserError
+from cluster.errors import RunFailed, UserError
 from cluster.mpi import OneProcess
 from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize
@@ -90,7 +90,7 @@ def run_demo(folder: Path, source: str | None, task: str, bar: Bars) -> Answer:
     with bar(Stage(f"ablate ({trials} trainings)", trials * training.epochs)) as update:
         counts = run_grid(grid, folder / "ablation", progress=lambda at: update(at.epochs))
     if counts["failed"]:
-        raise UserError(
+        raise RunFailed(
             f"{counts['failed']} trials failed",
             remedy=f"see {folder / 'ablation' / 'results.jsonl'}; run the demo again to retry",
         )
@@ -109,7 +109,8 @@ def _featurize(spec: str, dataset: Path, update: Callable[[float], None]) -> Non
     command += ["--selection", _FEATURIZATION.selection]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(
+        failure = UserError if done.returncode == 2 else RunFailed
+        raise failure(
             f"mpiexec -n 2 xtal featurize {spec} failed:\n{done.stderr.strip()}",
             remedy="mend the source, or the MPI installation",
         )

@@ -42,8 +42,8 @@ class GridConfig(Config):
     @field_validator("seeds")
     @classmethod
     def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds or min(seeds) < 0:
-            raise ValueError("at least one seed is needed, and none below 0")
+        if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:
+            raise ValueError("at least one seed is needed, none below 0, each less than 2⁶³")
         return _distinct(seeds)
 
 

@@ -53,7 +53,8 @@ def answer(study: Study) -> list[str]:
 def notes(study: Study) -> list[str]:
     """What a reader must keep in mind about the intervals."""
     found = [
-        "Brackets hold 95 % bootstrap intervals; crystals of one group are resampled together."
+        "Brackets hold 95 % intervals: test crystals are resampled, those of one group together, "
+        "and training noise is Student's t over the seeds."
     ]
     seeds = {trial.seed for trial in study.of_arm(REFERENCE)}
     if len(seeds) == 1:

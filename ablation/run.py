@@ -24,9 +24,10 @@ from cluster.errors import UserError
 from cluster.files import replacing, write_text
 from cluster.provenance import commit, provenance
 from cluster.ray_session import local_ray
+from featurization.crystal import ATTRIBUTION
 from featurization.shards import read_manifest
 from training.dataset import CloudSet, load
-from training.evaluate import ATTRIBUTION, prediction_table, predictions_of
+from training.evaluate import prediction_table, predictions_of
 from training.loop import CHECKPOINT, MODEL, fit
 from training.metrics import METRICS, score
 from training.split import Parts
@@ -139,7 +140,9 @@ def _run(
     with local_ray(processes):
         import ray
 
-        gpus = torch.cuda.device_count() / processes
+        # Ray takes whole GPUs, or equal parts of one that several trials then share.
+        cards = torch.cuda.device_count()
+        gpus = 0 if not cards else 1 / max(1, -(-processes // cards))
         kind: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Trainer)
         threads = max(1, cores // processes)
         idle = [kind.remote(str(dataset), threads) for _ in range(processes)]

@@ -12,7 +12,9 @@ from cluster.errors import UserError
 class Config(BaseModel):
     """Base of every configuration: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -42,6 +44,8 @@ def build_config(kind: type[AnyConfig], values: dict[str, Any], *, where: str) -
             name = ".".join(str(part) for part in item["loc"]) or "(whole)"
             if item["type"] == "extra_forbidden":
                 lines.append(f"{name}: unknown key")
+            elif item["type"] == "missing":
+                lines.append(f"{name}: not given")
             else:
                 lines.append(f"{name} = {item['input']!r}: {item['msg']}")
         raise UserError(

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that the command line explains without a traceback."""
 
 from collections.abc import Callable
 
@@ -21,3 +21,10 @@ class UserError(ValueError):
 
 def _rebuilt(problem: str, remedy: str) -> UserError:
     return UserError(problem, remedy=remedy)
+
+
+class RunFailed(RuntimeError):
+    """The input was good and the work still failed: the command line exits with 1."""
+
+    def __init__(self, problem: str, *, remedy: str) -> None:
+        super().__init__(f"{problem}\n  remedy: {remedy}")

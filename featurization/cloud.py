@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from featurization.config import FeaturizationConfig, RadiationName
+from featurization.config import Q_LIMIT, FeaturizationConfig, RadiationName
 from featurization.crystal import Crystal, FloatArray, IntArray, Reject
 from featurization.radiation import form_factors
 
@@ -37,7 +37,8 @@ def diffraction_cloud(crystal: Crystal, config: FeaturizationConfig) -> Cloud:
     """The cloud of a crystal in the cell that it comes in.
 
     Raises:
-        Reject: a species without a form factor, or more points than `config.max_points`.
+        Reject: a species without a form factor, points beyond the range of the form factors, or
+            more points than `config.max_points`.
     """
     reciprocal = np.linalg.inv(crystal.lattice).T.astype(np.float64)
     if config.miller_limit is not None:
@@ -48,6 +49,10 @@ def diffraction_cloud(crystal: Crystal, config: FeaturizationConfig) -> Cloud:
     if len(hkl) > config.max_points:
         raise Reject("diffraction", f"{len(hkl)} points exceed max_points = {config.max_points}")
     q = hkl @ reciprocal
+    farthest = float(np.linalg.norm(q, axis=1).max())
+    if config.radiation != "neutron" and farthest > Q_LIMIT * (1.0 + 1e-9):
+        reason = f"|q| up to {farthest:.2f} 1/Å; form factors are known to {Q_LIMIT:g} 1/Å"
+        raise Reject("diffraction", reason)
     f, bound = structure_factors(crystal, hkl, config.radiation, config.b_iso)
     squared = f.real**2 + f.imag**2
     absent = squared <= config.absence_tolerance * bound**2

@@ -6,6 +6,9 @@ from pydantic import Field, field_validator
 
 from cluster.config import Config
 
+# |q| in 1/Å up to which the tables of form factors are fitted: s = |q|/2 ≤ 2 1/Å.
+Q_LIMIT = 4.0
+
 RadiationName = Literal["xray", "xray_pymatgen", "neutron", "electron"]
 CellName = Literal["primitive", "conventional", "niggli", "as_given"]
 
@@ -45,10 +48,10 @@ class FeaturizationConfig(Config):
         if kind == "miller" and number.is_integer() and number >= 1:
             if number <= 50:
                 return f"miller:{int(number)}"
-        elif kind == "sphere" and 0 < number <= 20:
+        elif kind == "sphere" and 0 < number <= Q_LIMIT:
             # All digits: `:g` would move the sphere of a radius with more than six.
             return f"sphere:{number!r}".removesuffix(".0")
-        raise ValueError("must be miller:m (whole m, 1 to 50) or sphere:q (0 < q ≤ 20 1/Å)")
+        raise ValueError("must be miller:m (whole m, 1 to 50) or sphere:q (0 < q ≤ 4 1/Å)")
 
     @property
     def miller_limit(self) -> int | None:

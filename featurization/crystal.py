@@ -29,8 +29,15 @@ class Reject(Exception):
 
     def __init__(self, stage: str, reason: str) -> None:
         super().__init__(f"{stage}: {reason}")
-        self.stage = stage  # "source", "structure", "cell" or "diffraction"
+        self.stage = stage  # "source", "structure", "cell", "diffraction" or "internal"
         self.reason = reason
+
+
+# Stated wherever data of the Materials Project can enter and be passed on.
+ATTRIBUTION = (
+    "Crystals and labels that come from the Materials Project are licensed CC BY 4.0: "
+    "A. Jain et al., APL Materials 1, 011002 (2013)."
+)
 
 
 @dataclass(frozen=True, slots=True)

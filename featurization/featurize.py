@@ -12,7 +12,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cluster.provenance import provenance
 from featurization.cells import standardize
 from featurization.cloud import diffraction_cloud
 from featurization.config import FeaturizationConfig
-from featurization.crystal import Reject
+from featurization.crystal import ATTRIBUTION, Crystal, Reject
 from featurization.shards import (
     FORMAT_VERSION,
     Entry,
@@ -65,7 +65,7 @@ def featurize_one(source: Source, record: Record, config: FeaturizationConfig) -
         formula = standard.reduced_formula
         return Entry(
             id=crystal.id,
-            group=crystal.group or formula,
+            group=crystal.group or _without_isotopes(standard).reduced_formula,
             formula=formula,
             source_index=record.index,
             cloud=diffraction_cloud(standard, config),
@@ -75,6 +75,11 @@ def featurize_one(source: Source, record: Record, config: FeaturizationConfig) -
         )
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise Reject("internal", f"{type(error).__name__}: {error}") from error
+
+
+def _without_isotopes(crystal: Crystal) -> Crystal:
+    """A deuteride is grouped with its hydride: the two have one X-ray cloud."""
+    return replace(crystal, species=tuple("H" if s == "D" else s for s in crystal.species))
 
 
 def featurize(
@@ -271,6 +276,7 @@ def _finish(
         **asked,
         "shards": shards,
         "checksums": {name: sha256_of(out / name) for name in ("rejects.csv", "dataset.h5")},
+        "attribution": ATTRIBUTION,
         "provenance": provenance(),
     }
     # ASCII, because the name of a source can be what no UTF-8 spells.

@@ -9,6 +9,10 @@ s = sin θ / λ = |q| / 2 (1/Å) with the crystallographic |q| = 1/d, no 2π.
 | neutron         | fm   | bound coherent lengths, Sears, Neutron News 3, 26 (1992); H, D apart |
 | electron        | Å    | International Tables C (2011) table 4.3.2.2: 5 Gaussians, neutral       |
 
+The Gaussians are fitted for s ≤ 2 1/Å; clouds that reach further are rejected. That of
+xray_pymatgen tends to Z instead of 0 and is already too large for light atoms beyond |q| = 2 1/Å
+(hydrogen: 4 times the value of the International Tables); take it for parity with the paper only.
+
 The tables are the ones that gemmi and pymatgen carry. b(Ti) is −3.438 fm in this one, −3.370 in
 others. Imaginary parts (absorption) and charges of ions are ignored.
 """

@@ -17,7 +17,7 @@ Layout of a shard and of `dataset.h5` (N crystals, P stored points of all of the
 | /symmetry/crystal_system, point_group, bravais | N, UTF-8 |                                     |
 | /labels/NAME              | N, float64      | NaN where unknown, unit as attribute              |
 
-File attributes: `format_version`, `config` (JSON), `content_hash`.
+File attributes: `format_version`, `config` (JSON), `content_hash`, `attribution`.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from cluster.files import replacing, sha256_of
 from featurization.cells import Symmetry
 from featurization.cloud import Cloud
 from featurization.config import FeaturizationConfig
-from featurization.crystal import LABEL_UNITS, FloatArray
+from featurization.crystal import ATTRIBUTION, LABEL_UNITS, FloatArray
 from featurization.radiation import UNITS
 
 FORMAT_VERSION = 1
@@ -255,6 +255,7 @@ def _set_attributes(file: h5py.File, config: FeaturizationConfig, hash_of_all: s
     file.attrs["format_version"] = FORMAT_VERSION
     file.attrs["config"] = config.model_dump_json()
     file.attrs["content_hash"] = hash_of_all
+    file.attrs["attribution"] = ATTRIBUTION
 
 
 def _set_unit(data: h5py.Dataset, name: str, config: FeaturizationConfig) -> None:

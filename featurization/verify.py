@@ -100,6 +100,7 @@ def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, A
         "points": counts["points"],
         "content_hash": total,
         "recomputed": recomputed,
+        "note": "" if recomputed else "no crystal was computed again: its source was not found",
         "problems": problems,
     }
 

@@ -112,7 +112,7 @@ def test_miller(m: int) -> None:
 @example(20.0)
 @example(1e-5)
 def test_sphere(q: float) -> None:
-    if 0 < q <= 20:
+    if 0 < q <= 4:
         config = build(selection=f"sphere:{q!r}")
         assert (config.miller_limit, config.q_max, config.drops_absences) == (None, q, True)
         # What is written into a manifest reads back as the same.

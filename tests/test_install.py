@@ -37,6 +37,12 @@ def test_the_readme_names_each_module() -> None:
     assert [m for m in missing if not m.endswith("__init__.py")] == []
 
 
+def test_what_the_readme_links_to_is_there() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
 @pytest.mark.slow
 def test_a_wheel_works_in_a_clean_environment_outside_the_checkout(tmp_path: Path) -> None:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")

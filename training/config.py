@@ -31,7 +31,7 @@ class TrainingConfig(Config):
     """Part of all steps in which the rate rises from 0."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """Of AdamW."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Initial weights, order of crystals, rotations. The split does not depend on it."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     """Part of the groups that chooses the best epoch."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.errors import UserError
 from cluster.ray_session import local_ray
 from training.config import TrainingConfig
 from training.dataset import load
@@ -92,13 +93,18 @@ def fit_on_workers(
     """`training.loop.fit` on `config.workers` Ray actors of this machine.
 
     Raises:
-        UserError: as `fit` does, from whichever worker it came.
+        UserError: fewer GPUs than workers; or as `fit` does, from whichever worker it came.
     """
-    gpus = 1 if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < config.workers:
+        raise UserError(
+            f"workers = {config.workers}: this machine has {gpus} GPU(s), one is needed a worker",
+            remedy=f"use --workers {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES=''",
+        )
     with local_ray(config.workers) as private:
         import ray
 
-        kind: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
+        kind: Any = ray.remote(num_cpus=1, num_gpus=min(gpus, 1))(_Worker)
         workers = [kind.remote() for _ in range(config.workers)]
         # A file in the private folder: torch's TCP store would listen on all interfaces.
         meeting = f"file://{private / 'meeting'}"

@@ -14,6 +14,7 @@ from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import replacing, write_text
 from cluster.provenance import provenance
+from featurization.crystal import ATTRIBUTION
 from featurization.shards import read_manifest
 from training import checkpoint
 from training.config import TrainingConfig
@@ -23,11 +24,6 @@ from training.metrics import confusion_matrix, evaluate
 from training.models import PointNet
 from training.split import Parts
 from training.tensorboard import log_evaluation
-
-ATTRIBUTION = (
-    "Crystals and labels that come from the Materials Project are licensed CC BY 4.0: "
-    "A. Jain et al., APL Materials 1, 011002 (2013)."
-)
 
 
 def load_model(path: Path) -> tuple[PointNet, dict[str, Any]]:

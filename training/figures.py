@@ -67,7 +67,7 @@ def cloud_figure(data: CloudSet, row: int) -> Figure:
     axes: Any = figure.add_subplot(projection="3d")
     q, level = np.concatenate([q, -q]), np.concatenate([level, level])
     points = axes.scatter(*q.T, s=4 + 10 * (level + 6), c=level, cmap="cividis")
-    figure.colorbar(points, label="log₁₀ I / I_max", shrink=0.7)
+    figure.colorbar(points, label="log₁₀ I / I_max", shrink=0.7, pad=0.12)
     axes.set(xlabel="q_x (1/Å)", ylabel="q_y (1/Å)", zlabel="q_z (1/Å)")
     axes.set_title(f"{chosen.ids[0]} ({chosen.crystal_systems[0]})")
     return figure

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cluster.errors import UserError
 from cluster.files import write_text
+from cluster.provenance import provenance
 from training import checkpoint
 from training.config import TrainingConfig
 from training.dataset import CloudSet
@@ -128,6 +129,7 @@ def fit(
     path = run / CHECKPOINT
     if resume and path.exists():
         at, best = _restore(path, signature, model, optimizer)
+    signature |= {"provenance": provenance()}
     best = {name: tensor.detach().clone() for name, tensor in best.items()}
     train = parts.rows["train"]
     steps = math.ceil(len(train) / config.batch_size)

@@ -26,18 +26,17 @@ class Metric:
     """What a reader needs to interpret a metric; it is dimensionless and lies in [low, high]."""
 
     title: str
-    higher_is_better: bool
     low: float
     high: float
 
 
 METRICS: dict[str, Metric] = {
-    "auroc": Metric("AUROC", True, 0.0, 1.0),
-    "average_precision": Metric("average precision", True, 0.0, 1.0),
-    "balanced_accuracy": Metric("balanced accuracy", True, 0.0, 1.0),
-    "f1": Metric("F1", True, 0.0, 1.0),
-    "mcc": Metric("Matthews correlation", True, -1.0, 1.0),
-    "ece": Metric("expected calibration error", False, 0.0, 1.0),
+    "auroc": Metric("AUROC", 0.0, 1.0),
+    "average_precision": Metric("average precision", 0.0, 1.0),
+    "balanced_accuracy": Metric("balanced accuracy", 0.0, 1.0),
+    "f1": Metric("F1", 0.0, 1.0),
+    "mcc": Metric("Matthews correlation", -1.0, 1.0),
+    "ece": Metric("expected calibration error", 0.0, 1.0),
 }
 
 

@@ -1,5 +1,7 @@
 """What TensorBoard shows of a run."""
 
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +31,8 @@ def log_epochs(run: Path, writes: bool = True) -> Iterator[Callable[[Progress], 
     def log(at: Progress) -> None:
         for name, value in (at.record or {}).items():
             if name != "epoch":
-                writer.add_scalar(name.replace("_", "/", 1), value, at.epoch)
+                tag = re.sub(r"^(train|validation)_", r"\1/", name)
+                writer.add_scalar(tag, value, at.epoch)
         if at.record:
             writer.flush()
 
@@ -47,10 +50,14 @@ def log_evaluation(
     task: Task,
     answer: dict[str, Any],
 ) -> None:
-    """Figures of the test split: confusion matrix, ROC and PR curves, one cloud; its metrics."""
+    """Figures of the test split: confusion matrix, ROC and PR curves, one cloud; its metrics.
+
+    They have a folder of their own, made anew: an evaluation replaces the one before.
+    """
     rows = parts.rows["test"]
     step = int(answer["best_epoch"])
-    with SummaryWriter(str(run / _FOLDER)) as writer:
+    shutil.rmtree(run / _FOLDER / "test", ignore_errors=True)
+    with SummaryWriter(str(run / _FOLDER / "test")) as writer:
         matrix = np.array(answer["confusion_matrix"])
         writer.add_figure("test/confusion_matrix", confusion_figure(matrix, task.classes), step)
         target = parts.target_N[rows].numpy()

@@ -14,6 +14,7 @@ from training.dataset import load
 from training.distributed import fit_on_workers
 from training.evaluate import evaluate_run
 from training.loop import CHECKPOINT, Progress, fit
+from training.split import Parts
 from training.tensorboard import log_epochs
 
 
@@ -40,8 +41,11 @@ def train(
         raise UserError(
             f"{run} holds a training already", remedy="add --resume to go on, or give a new folder"
         )
-    if not resume and run.exists() and any(run.iterdir()):
-        raise UserError(f"{run} is not empty", remedy="give a new folder")
+    begun = (run / "config.json").exists()
+    if run.exists() and any(run.iterdir()) and not (resume and begun):
+        raise UserError(f"{run} is not empty and holds no training", remedy="give a new folder")
+    data = load(dataset)
+    Parts.of(data, config)  # a question that cannot be asked leaves no folder behind
     if not (run / CHECKPOINT).exists():
         recorded = {
             "dataset": str(dataset.resolve()),
@@ -59,5 +63,5 @@ def train(
                 log(at)
                 progress(at)
 
-            fit(run, load(dataset), config, identity=identity, resume=resume, progress=both)
+            fit(run, data, config, identity=identity, resume=resume, progress=both)
     return evaluate_run(run, dataset)
