@@ -28,8 +28,8 @@ def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, A
         sample: crystals to compute again, chosen at random.
 
     Returns:
-        `ok`, `structures`, `rejected`, `points`, `content_hash`, `recomputed` and `problems`,
-        a list of sentences that is empty when ok.
+        `ok`, `structures`, `rejected`, `points`, `content_hash`, `recomputed`, `note`
+        and `problems`, a list of sentences that is empty when ok.
 
     Raises:
         UserError: there is no manifest, or it is malformed.
@@ -100,7 +100,7 @@ def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, A
         "points": counts["points"],
         "content_hash": total,
         "recomputed": recomputed,
-        "note": "" if recomputed else "no crystal was computed again: its source was not found",
+        "note": "" if source is not None else "nothing was recomputed: the source was not found",
         "problems": problems,
     }
 

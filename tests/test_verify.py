@@ -23,7 +23,7 @@ from featurization.sources import Source, open_source
 from featurization.verify import verify
 
 FIRST, LAST = "shards/shard-00000-00000.h5", "shards/shard-00000-00002.h5"
-KEYS = ["ok", "structures", "rejected", "points", "content_hash", "recomputed", "problems"]
+KEYS = ["ok", "structures", "rejected", "points", "content_hash", "recomputed", "note", "problems"]
 
 
 @pytest.fixture(scope="module")

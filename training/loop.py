@@ -129,7 +129,9 @@ def fit(
     path = run / CHECKPOINT
     if resume and path.exists():
         at, best = _restore(path, signature, model, optimizer)
-    signature |= {"provenance": provenance()}
+    # Without the time, so that equal trainings give equal files.
+    made = {name: value for name, value in provenance().items() if name != "created"}
+    signature |= {"provenance": made}
     best = {name: tensor.detach().clone() for name, tensor in best.items()}
     train = parts.rows["train"]
     steps = math.ceil(len(train) / config.batch_size)
