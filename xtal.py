@@ -212,7 +212,7 @@ def ablate(
         return
     total = len(settings.arms) * len(settings.seeds) * settings.training.epochs
     with _bar(settings.training.question.question, total) as update:
-        counts = run_grid(settings, folder, progress=lambda at: update(at.epochs))
+        counts = run_grid(settings, folder, progress=update)
         update(total)
     _summary(f"grid {folder}", dict(counts))
     if counts["failed"]:

@@ -88,7 +88,7 @@ def run_demo(folder: Path, source: str | None, task: str, bar: Bars) -> Answer:
     grid = GridConfig(dataset=str(dataset.resolve()), seeds=_SEEDS, training=training)
     trials = len(grid.arms) * len(grid.seeds)
     with bar(Stage(f"ablate ({trials} trainings)", trials * training.epochs)) as update:
-        counts = run_grid(grid, folder / "ablation", progress=lambda at: update(at.epochs))
+        counts = run_grid(grid, folder / "ablation", progress=update)
     if counts["failed"]:
         raise RunFailed(
             f"{counts['failed']} trials failed",

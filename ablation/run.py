@@ -9,7 +9,6 @@ import os
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +35,13 @@ _RECORD = "results.jsonl"
 _FREE = {"workers", "checkpoint_steps"}  # settings that do not decide a result
 
 
-@dataclass(frozen=True, slots=True)
-class GridProgress:
-    """Where a grid stands: trials done and failed of all, and epochs done by running ones."""
-
-    done: int
-    failed: int
-    total: int
-    epochs: int  # finished, over all trials
-    epochs_total: int
-
-
 def run_grid(
-    grid: GridConfig, out: Path, progress: Callable[[GridProgress], None] = lambda at: None
+    grid: GridConfig, out: Path, progress: Callable[[int], None] = lambda epochs: None
 ) -> dict[str, int]:
     """Run the trials of a grid that have no result in `out` yet, then write its tables.
+
+    Args:
+        progress: called with the number of epochs that are finished, over all trials.
 
     `out` gets grid.json, results.jsonl, results.parquet, predictions.parquet, metrics.parquet,
     effects.parquet and trials/ID/.
@@ -129,7 +120,7 @@ def _run(
     out: Path,
     dataset: Path,
     grid: GridConfig,
-    progress: Callable[[GridProgress], None],
+    progress: Callable[[int], None],
 ) -> None:
     cores = os.cpu_count() or 1
     processes = min(grid.processes or cores, len(todo))
@@ -168,7 +159,7 @@ def _run(
                 failed += row["status"] == "failed"
             partial = sum(_epochs(out / "trials" / t.id) for _, t in running.values())
             whole = (finished + failed) * epochs
-            progress(GridProgress(finished, failed, total, whole + partial, total * epochs))
+            progress(whole + partial)
 
 
 def _identify(trial: Trial, made_by: str) -> dict[str, Any]:
