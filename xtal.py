@@ -9,31 +9,32 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from cluster.config import build_config, read_toml
-from cluster.errors import RunFailed, UserError
+from cluster.errors import RunFailed, Stopped, UserError
 from cluster.mpi import agree
 from cluster.mpi import ranks as mpi_ranks
+from cluster.terminal import bar, complain, err, options_from, out, summary, throughput
 
 app = typer.Typer(
     name="xtal",
     help="Ask whether the structure of a crystal alone, without chemistry, tells what it does. "
-    "Verbs in the order of the data: featurize, verify, train, evaluate, ablate, report; demo "
-    "does all of them. --debug anywhere shows the traceback of an error.",
+    "Verbs in the order of the data: featurize, inspect, verify, train, evaluate, ablate, report; "
+    "demo does all of them. --debug anywhere shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-# Paths and messages are shown as they are, not read as markup.
-out = Console(markup=False, emoji=False)
-err = Console(stderr=True, markup=False, emoji=False)
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file with the full configuration.")
+]
+OptionsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", callback=options_from, is_eager=True, help="TOML file with these options."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")]
 
@@ -51,7 +52,11 @@ def featurize(
     dataset: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the dataset.")],
     config: ConfigFile = None,
     radiation: Annotated[
-        str | None, typer.Option(help="xray, xray_pymatgen, neutron or electron.")
+        str | None,
+        typer.Option(
+            help="xray, xray_pymatgen, neutron or electron; several with commas, such as "
+            "xray,neutron, give one intensity column each."
+        ),
     ] = None,
     cell: Annotated[
         str | None, typer.Option(help="primitive, conventional, niggli or as_given.")
@@ -61,32 +66,51 @@ def featurize(
     ] = None,
     symprec: Annotated[float | None, typer.Option(help="Symmetry tolerance in Å.")] = None,
     b_iso: Annotated[float | None, typer.Option(help="Debye–Waller B in Å².")] = None,
+    occupancy: Annotated[
+        str | None, typer.Option(help="Partly occupied sites: average or reject.")
+    ] = None,
     label: Annotated[
         str | None, typer.Option(help="Name of the values in an id_prop.csv without header row.")
     ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the new ids of SOURCE to the dataset in OUT.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Time a sample, say what to expect, write nothing.")
+    ] = False,
 ) -> None:
     """Turn crystals into diffraction clouds: OUT/shards, manifest.json, rejects.csv, dataset.h5.
 
-    Runs on one core as it is, on many as `mpiexec -n 8 xtal featurize …` or under srun.
+    Runs on one core as it is, on many as `mpiexec -n 8 xtal featurize …` or under srun. After
+    any interruption the same command goes on, with any number of ranks.
     """
     from featurization.config import FeaturizationConfig
     from featurization.featurize import featurize as run
+    from featurization.forecast import forecast
 
     ranks = mpi_ranks()
     with _fatal_for_all(ranks):
+        first, *others = (radiation or "").split(",")
         flags = {
-            "radiation": radiation,
+            "radiation": first or None,
+            "also_radiation": others or None,
             "cell": cell,
             "selection": selection,
             "symprec": symprec,
             "b_iso": b_iso,
+            "occupancy": occupancy,
             "id_prop_label": label,
         }
         settings = agree(ranks, lambda: _settings(FeaturizationConfig, config, flags))
-        with _bar("featurizing", None, shown=ranks.rank == 0) as update:
-            manifest = run(source, dataset, settings, ranks, progress=update)
+        if dry_run:
+            expected = agree(ranks, lambda: forecast(source, settings, ranks))
+            if ranks.rank == 0:
+                summary(f"{source}: what to expect; nothing was written", expected)
+            return
+        with throughput(ranks.rank == 0, ranks.size) as update:
+            manifest = run(source, dataset, settings, ranks, progress=update, append=append)
     if ranks.rank == 0:
-        _summary(
+        summary(
             f"dataset {dataset}",
             {
                 "structures": manifest["structures"],
@@ -99,34 +123,84 @@ def featurize(
 
 
 @app.command()
+def inspect(
+    dataset: Annotated[Path, typer.Argument(metavar="OUT", help="A dataset folder.")],
+    id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="A crystal: its reflections.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Reflections to list; --json has all.", min=1)] = 20,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw cloud and powder pattern into this .png, .svg or .pdf."),
+    ] = None,
+    config: OptionsFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is inside a dataset, or one crystal's reflections and powder pattern."""
+    from featurization.inspection import inspect_crystal, inspect_dataset, read_diffraction
+    from featurization.inspection_tables import show_crystal, show_dataset
+
+    if id is None:
+        if picture is not None:
+            raise UserError("--picture needs a crystal", remedy=f"xtal inspect {dataset} ID")
+        answer = inspect_dataset(dataset)
+    else:
+        one = read_diffraction(dataset, id)
+        if picture is not None:
+            from featurization.inspection_figure import write_picture
+
+            write_picture(one, picture)
+        answer = inspect_crystal(one)
+    if as_json:
+        print(json.dumps(answer, indent=1))
+    elif id is None:
+        show_dataset(answer)
+    else:
+        show_crystal(answer, top)
+        if picture is not None:
+            out.print(f"picture: {picture}", soft_wrap=True)
+
+
+@app.command()
 def verify(
     dataset: Annotated[Path, typer.Argument(metavar="OUT", help="A dataset folder.")],
     source: Annotated[
-        str | None, typer.Option(help="Where the crystals came from, to recompute a sample.")
+        list[str] | None,
+        typer.Option(
+            help="Where the crystals are now, to recompute a sample; one for each source, in order."
+        ),
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Set what is damaged aside and do its crystals again.")
+    ] = False,
     sample: Annotated[int, typer.Option(help="Crystals to compute again.", min=0)] = 16,
+    config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a dataset: checksums, completeness, finiteness, and a recomputed random sample."""
-    from featurization.shards import read_manifest
-    from featurization.sources import open_source
+    """Check a dataset: checksums, an account of every record, and a recomputed random sample.
+
+    Runs under mpiexec and srun as featurize does.
+    """
+    from featurization.repair import repair as mend
+    from featurization.verify import check_specs
     from featurization.verify import verify as run
 
-    manifest = read_manifest(dataset)
-    label = manifest["config"]["id_prop_label"]
-    try:
-        opened = open_source(source or manifest["source_spec"], id_prop_label=label)
-    except UserError:
-        if source is not None:
-            raise
-        opened = None  # the source has moved; the answer says that nothing was recomputed
-    answer = run(dataset, opened, sample)
+    ranks = mpi_ranks()
+    with _fatal_for_all(ranks):
+        specs = agree(ranks, lambda: check_specs(dataset, source or []))
+        answer = run(dataset, specs, sample, ranks)
+        if repair and not answer["ok"]:
+            with throughput(ranks.rank == 0, ranks.size) as update:
+                mend(dataset, answer["damaged"], specs, ranks, update)
+            answer = run(dataset, specs, sample, ranks) | {"repaired": answer["damaged"]}
+    if ranks.rank != 0:
+        raise typer.Exit(0 if answer["ok"] else 1)
     if as_json:
         print(json.dumps(answer, indent=1))
     else:
-        _summary(f"dataset {dataset}", {k: v for k, v in answer.items() if k != "problems"})
+        summary(f"dataset {dataset}", {k: v for k, v in answer.items() if k != "problems"})
         for problem in answer["problems"]:
-            _complain("problem", problem)
+            complain("problem", problem)
     if not answer["ok"]:
         raise typer.Exit(1)
 
@@ -163,7 +237,7 @@ def train(
         "workers": workers,
     }
     settings = _settings(TrainingConfig, config, flags)
-    with _bar(settings.question.question, settings.epochs, shown=not as_json) as update:
+    with bar(settings.question.question, settings.epochs, shown=not as_json) as update:
         answer = run_training(
             dataset,
             run,
@@ -180,6 +254,7 @@ def evaluate(
     dataset: Annotated[
         Path | None, typer.Option(help="Where the dataset is now, if it has moved.")
     ] = None,
+    config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a trained model again: metrics of the test crystals with 95 % intervals."""
@@ -199,7 +274,7 @@ def ablate(
     from ablation.grid import read_grid, trials
     from ablation.report import write_report
     from ablation.run import run_grid
-    from featurization.shards import read_manifest
+    from featurization.manifest import read_manifest
 
     settings = read_grid(grid, dataset=None if dataset is None else str(dataset.resolve()))
     if dry_run:
@@ -211,10 +286,10 @@ def ablate(
         out.print(f"{len(planned)} trials; nothing was run")
         return
     total = len(settings.arms) * len(settings.seeds) * settings.training.epochs
-    with _bar(settings.training.question.question, total) as update:
+    with bar(settings.training.question.question, total) as update:
         counts = run_grid(settings, folder, progress=update)
         update(total)
-    _summary(f"grid {folder}", dict(counts))
+    summary(f"grid {folder}", dict(counts))
     if counts["failed"]:
         raise RunFailed(
             f"{counts['failed']} trials failed",
@@ -229,6 +304,7 @@ def report(
     dataset: Annotated[
         Path | None, typer.Option(help="Where the dataset is now, if it has moved.")
     ] = None,
+    config: OptionsFile = None,
 ) -> None:
     """Write DIR/report.html, one file that opens offline, and the tables behind it."""
     from ablation.report import write_report
@@ -247,12 +323,13 @@ def demo(
     task: Annotated[
         str, typer.Option(help="The question to ask; other than crystal_system needs labels.")
     ] = "crystal_system",
+    config: OptionsFile = None,
 ) -> None:
     """The whole experiment in a few minutes: featurize, train, six arms × two seeds, report."""
     from ablation.demo import Stage, run_demo
 
     def stage(at: Stage) -> Any:
-        return _bar(at.title, at.total)
+        return bar(at.title, at.total)
 
     answer = run_demo(folder, source, task, stage)
     out.print()
@@ -277,12 +354,12 @@ def main() -> None:
         if debug:
             raise
         if isinstance(error, UserError):
-            _complain("error", str(error))
+            complain("error", str(error))
             sys.exit(2)
         if isinstance(error, RunFailed):
-            _complain("failed", str(error))
-            sys.exit(1)
-        _complain("failed", f"{type(error).__name__}: {error}")
+            complain("stopped" if isinstance(error, Stopped) else "failed", str(error))
+            sys.exit(error.exit_code)
+        complain("failed", f"{type(error).__name__}: {error}")
         err.print("  --debug shows where")
         sys.exit(1)
 
@@ -297,42 +374,16 @@ def _settings(kind: type[Any], path: Path | None, flags: dict[str, Any]) -> Any:
 
 @contextmanager
 def _fatal_for_all(ranks: Any) -> Iterator[None]:
-    """End all ranks when one fails; a `UserError` is the same on all, and only rank 0 prints it."""
+    """End all ranks when one fails; what is the same on all of them only rank 0 prints."""
     try:
         yield
-    except UserError:
+    except (UserError, RunFailed) as error:
         if ranks.rank != 0:
-            sys.exit(2)
+            sys.exit(2 if isinstance(error, UserError) else error.exit_code)
         raise
     except BaseException:  # a Rust panic is no Exception
         ranks.abort()
         raise
-
-
-@contextmanager
-def _bar(title: str, total: float | None, *, shown: bool = True) -> Iterator[Any]:
-    """A progress bar; yields a function that takes how much is done."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}" + ("" if total is None else "/{task.total:.0f}")),
-        TimeElapsedColumn(),
-        *(() if total is None else (TimeRemainingColumn(),)),
-    )
-    with Progress(*columns, console=err, disable=not shown) as progress:
-        bar = progress.add_task(title, total=total)
-        yield lambda done: progress.update(bar, completed=done)
-
-
-def _complain(kind: str, message: str) -> None:
-    err.print(Text.assemble((kind, "red"), f": {message}"), soft_wrap=True)
-
-
-def _summary(title: str, rows: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, f"{value:,}" if type(value) is int else str(value))
-    out.print(table)
 
 
 def _show_metrics(run: Path, answer: dict[str, Any], as_json: bool) -> None:

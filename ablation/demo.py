@@ -19,7 +19,7 @@ from cluster.errors import RunFailed, UserError
 from cluster.mpi import OneProcess
 from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize
-from featurization.shards import read_manifest
+from featurization.manifest import read_manifest
 from training.config import TrainingConfig
 from training.train import train
 
@@ -103,7 +103,7 @@ def _featurize(spec: str, dataset: Path, update: Callable[[float], None]) -> Non
     """On two MPI ranks where there is an mpiexec, else in this process."""
     mpiexec = which("mpiexec", path=str(Path(sys.executable).parent)) or which("mpiexec")
     if mpiexec is None:
-        featurize(spec, dataset, _FEATURIZATION, OneProcess(), update)
+        featurize(spec, dataset, _FEATURIZATION, OneProcess(), lambda at: update(at.done))
         return
     command = [mpiexec, "-n", "2", sys.executable, "-m", "xtal", "featurize", spec, str(dataset)]
     command += ["--selection", _FEATURIZATION.selection]

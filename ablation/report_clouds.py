@@ -16,7 +16,7 @@ from training.tasks import TASKS
 POINTS = 4000
 """Points (both Friedel mates) beyond which only the strongest of a cloud are shown."""
 
-_SUMMARY = ("source", "structures", "rejected", "points", "content_hash", "config")
+_SUMMARY = ("sources", "structures", "rejected", "points", "content_hash", "config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def _read(study: Study, shards: Sequence[Path]) -> tuple[ShownCloud, ...]:
     found: list[tuple[str, str, Path, int]] = []  # id, crystal system, shard, row
     first: list[tuple[str, str, Path, int]] = []
     for path in shards:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             ids = file["id"].asstr()[:]
             systems = file["symmetry/crystal_system"].asstr()[:]
         entries = [
@@ -160,7 +160,7 @@ def _label_of(task: str) -> str:
 def _cloud(
     study: Study, path: Path, row: int, class_index: int | None, probability: float | None
 ) -> ShownCloud:
-    with h5py.File(path, "r") as file:
+    with h5py.File(path, "r", locking=False) as file:
         begin, end = (int(offset) for offset in file["offsets"][row : row + 2])
         part = slice(begin, end)
         hkl, q, intensity = expand(

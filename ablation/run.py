@@ -23,8 +23,9 @@ from cluster.errors import UserError
 from cluster.files import replacing, write_text
 from cluster.provenance import commit, provenance
 from cluster.ray_session import local_ray
+from featurization.config import RadiationName
 from featurization.crystal import ATTRIBUTION
-from featurization.shards import read_manifest
+from featurization.manifest import read_manifest
 from training.dataset import CloudSet, load
 from training.evaluate import prediction_table, predictions_of
 from training.loop import CHECKPOINT, MODEL, fit
@@ -55,7 +56,7 @@ def run_grid(
     dataset = Path(grid.dataset)
     manifest = read_manifest(dataset)
     planned = trials(grid, manifest["content_hash"])
-    data = load(dataset)
+    data = load(dataset, grid.training.radiation)
     parts = Parts.of(data, grid.training)
     _claim(out, grid, manifest, parts)
     before = _results(out)
@@ -103,9 +104,9 @@ def run_trial(data: CloudSet, trial: Trial, folder: Path) -> dict[str, Any]:
 class _Trainer:
     """A Ray actor: holds the dataset and runs one trial after the other."""
 
-    def __init__(self, dataset: str, threads: int) -> None:
+    def __init__(self, dataset: str, radiation: RadiationName | None, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._data = load(Path(dataset))
+        self._data = load(Path(dataset), radiation)
 
     def run(self, trial: Trial, folder: str) -> dict[str, Any]:
         try:
@@ -136,7 +137,9 @@ def _run(
         gpus = 0 if not cards else 1 / max(1, -(-processes // cards))
         kind: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Trainer)
         threads = max(1, cores // processes)
-        idle = [kind.remote(str(dataset), threads) for _ in range(processes)]
+        idle = [
+            kind.remote(str(dataset), grid.training.radiation, threads) for _ in range(processes)
+        ]
         running: dict[Any, tuple[Any, Trial]] = {}
         queue = list(todo)
         while queue or running:
@@ -152,7 +155,7 @@ def _run(
                     row = ray.get(reference)
                 except ray.exceptions.RayError as error:  # the actor itself is gone
                     row = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-                    actor = kind.remote(str(dataset), threads)
+                    actor = kind.remote(str(dataset), grid.training.radiation, threads)
                 _append(out / _RECORD, _identify(trial, made_by) | row)
                 idle.append(actor)
                 finished += row["status"] == "done"
@@ -192,7 +195,7 @@ def _claim(out: Path, grid: GridConfig, manifest: dict[str, Any], parts: Parts) 
         "dataset": grid.dataset,
         "dataset_summary": {
             key: manifest[key]
-            for key in ("source", "structures", "rejected", "points", "content_hash", "config")
+            for key in ("sources", "structures", "rejected", "points", "content_hash", "config")
         },
         "class_counts": parts.class_counts(task.classes),
         "arm_descriptions": {arm: describe(arm) for arm in grid.arms},

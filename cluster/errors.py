@@ -1,6 +1,7 @@
 """The exceptions that the command line explains without a traceback."""
 
 from collections.abc import Callable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -14,17 +15,33 @@ class UserError(ValueError):
         self.problem = problem
         self.remedy = remedy
 
-    def __reduce__(self) -> tuple[Callable[[str, str], "UserError"], tuple[str, str]]:
-        # Exceptions are rebuilt from their message alone, on which a rank or a worker would choke.
-        return _rebuilt, (self.problem, self.remedy)
-
-
-def _rebuilt(problem: str, remedy: str) -> UserError:
-    return UserError(problem, remedy=remedy)
+    def __reduce__(self) -> "tuple[Callable[..., Any], tuple[Any, ...]]":
+        return _rebuilt, (type(self), self.problem, self.remedy)
 
 
 class RunFailed(RuntimeError):
     """The input was good and the work still failed: the command line exits with 1."""
 
+    exit_code = 1
+
     def __init__(self, problem: str, *, remedy: str) -> None:
         super().__init__(f"{problem}\n  remedy: {remedy}")
+        self.problem = problem
+        self.remedy = remedy
+
+    def __reduce__(self) -> "tuple[Callable[..., Any], tuple[Any, ...]]":
+        return _rebuilt, (type(self), self.problem, self.remedy)
+
+
+class Stopped(RunFailed):
+    """A signal asked the work to stop, and what is done is safe: the same command goes on.
+
+    The command line exits with 75 (EX_TEMPFAIL of sysexits.h), which batch scripts requeue.
+    """
+
+    exit_code = 75
+
+
+def _rebuilt(kind: type[UserError | RunFailed], problem: str, remedy: str) -> UserError | RunFailed:
+    # Exceptions are rebuilt from their message alone, on which a rank or a worker would choke.
+    return kind(problem, remedy=remedy)

@@ -1,10 +1,14 @@
 """Files that are either whole or absent: temporary name, fsync, rename."""
 
+import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from cluster.errors import UserError
 
 
 @contextmanager
@@ -25,6 +29,42 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for one job, where the file system has locks; make it if it is not there.
+
+    The lock leaves no file and ends with the process. A folder that stays empty is removed again.
+
+    Raises:
+        UserError: another job holds it.
+        OSError: it cannot be made.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    # The last process of a job that was killed can outlive its mpiexec by a moment.
+    for _ in range(100):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError:
+            return  # a file system without locks
+    raise UserError(f"another job is at work in {folder}", remedy="wait until it ends, or end it")
+
+
 def write_text(path: Path, text: str) -> None:
     """Atomically write UTF-8 text to `path`."""
     with replacing(path) as temporary:
@@ -35,6 +75,22 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append a line and fsync it; a line that a crash cut short has no line end."""
+    with path.open("ab") as stream:
+        stream.write(text.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def whole_lines(path: Path) -> Iterator[str]:
+    """The lines of `append_line` that are whole."""
+    with path.open("rb") as stream:
+        for line in stream:
+            if line.endswith(b"\n"):
+                yield line.decode()
 
 
 def _fsync(path: Path) -> None:

@@ -2,21 +2,26 @@
 
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from cluster.errors import UserError
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import RunFailed, Stopped, UserError
 
 # What each launcher says of the number of processes that it started.
 _LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-
+# Where a stopped counter stands: room for further claims below the largest int64.
+_BEYOND = 1 << 62
 
 Result = TypeVar("Result")
 
 
 class Ranks(Protocol):
-    """The few collective operations that featurization needs."""
+    """What featurization needs of a parallel job."""
 
     rank: int
     size: int
@@ -27,8 +32,112 @@ class Ranks(Protocol):
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
 
+    def board(self, width: int) -> "Board":
+        """A new board with rows of `width` numbers; every rank calls this."""
+
     def abort(self) -> None:
         """End every rank at once, after the traceback of the current exception is printed."""
+
+
+class Board(Protocol):
+    """What all ranks share while they work apart: a counter, and a row of numbers a rank."""
+
+    def claim(self, step: int) -> int:
+        """The counter, which at once moves on by `step`: no two ranks get the same number."""
+
+    def stop(self) -> None:
+        """From now on every rank claims numbers beyond all work."""
+
+    def post(self, row: Sequence[int]) -> None:
+        """Show this rank's row to rank 0."""
+
+    def attend(self) -> None:
+        """Let others reach the board; rank 0 calls this often, best after every millisecond."""
+
+    def rows(self) -> NDArray[np.int64]:
+        """On rank 0, (size, width): the rows as last posted."""
+
+    def close(self) -> None:
+        """Every rank calls this once its work is over."""
+
+
+class LocalBoard:
+    """The board of ranks that share memory."""
+
+    def __init__(self, size: int, width: int) -> None:
+        self._lock = threading.Lock()
+        self._next = 0
+        self._rows = np.zeros((size, width), dtype=np.int64)
+
+    def claim(self, step: int) -> int:
+        with self._lock:
+            self._next += step
+            return self._next - step
+
+    def stop(self) -> None:
+        with self._lock:
+            self._next = _BEYOND
+
+    def post(self, row: Sequence[int], rank: int = 0) -> None:
+        self._rows[rank] = row
+
+    def attend(self) -> None:
+        pass
+
+    def rows(self) -> NDArray[np.int64]:
+        return self._rows.copy()
+
+    def close(self) -> None:
+        pass
+
+
+class MpiBoard:
+    """The board of an MPI job: memory of rank 0 that the others reach without its help.
+
+    Measured by benchmarks/claims.py: `Win.allocate` gives shared memory within a node, so that a
+    claim takes microseconds whatever rank 0 does. Between nodes without remote atomics it waits
+    until rank 0 is inside of MPI (`attend`), as it would for a server of messages.
+    """
+
+    def __init__(self, mpi: Any, communicator: Any, width: int) -> None:
+        self._mpi, self._communicator = mpi, communicator
+        self._rank, self._size, self._width = communicator.rank, communicator.size, width
+        words = 1 + self._size * width if self._rank == 0 else 0
+        self._window = mpi.Win.Allocate(8 * words, 8, comm=communicator)
+        self._memory = np.frombuffer(self._window.tomemory(), dtype=np.int64)
+        self._memory[:] = 0
+        communicator.Barrier()
+        self._window.Lock_all()
+
+    def claim(self, step: int) -> int:
+        found = np.zeros(1, dtype=np.int64)
+        self._window.Fetch_and_op(np.array([step], dtype=np.int64), found, 0, 0, self._mpi.SUM)
+        self._window.Flush(0)
+        return int(found[0])
+
+    def stop(self) -> None:
+        found = np.zeros(1, dtype=np.int64)
+        beyond = np.array([_BEYOND], dtype=np.int64)
+        self._window.Fetch_and_op(beyond, found, 0, 0, self._mpi.REPLACE)
+        self._window.Flush(0)
+
+    def post(self, row: Sequence[int]) -> None:
+        place = 1 + self._rank * self._width
+        self._window.Put(np.array(row, dtype=np.int64), 0, place)
+        self._window.Flush_local(0)
+
+    def attend(self) -> None:
+        if self._rank == 0:
+            self._communicator.Iprobe()
+
+    def rows(self) -> NDArray[np.int64]:
+        self.attend()
+        self._window.Sync()
+        return self._memory[1:].reshape(self._size, self._width).copy()
+
+    def close(self) -> None:
+        self._window.Unlock_all()
+        self._window.Free()
 
 
 class OneProcess:
@@ -43,6 +152,9 @@ class OneProcess:
     def broadcast(self, value: Any) -> Any:
         return value
 
+    def board(self, width: int) -> Board:
+        return LocalBoard(1, width)
+
     def abort(self) -> None:
         pass  # the exception itself ends the only process
 
@@ -50,8 +162,9 @@ class OneProcess:
 class MpiRanks:
     """The world communicator of an MPI job."""
 
-    def __init__(self, communicator: Any) -> None:
-        self._communicator = communicator
+    def __init__(self, mpi: Any) -> None:
+        self._mpi, self._communicator = mpi, mpi.COMM_WORLD
+        communicator = self._communicator
         self.rank = int(communicator.Get_rank())
         self.size = int(communicator.Get_size())
 
@@ -62,10 +175,13 @@ class MpiRanks:
     def broadcast(self, value: Any) -> Any:
         return self._communicator.bcast(value, root=0)
 
+    def board(self, width: int) -> Board:
+        return MpiBoard(self._mpi, self._communicator, width)
+
     def abort(self) -> None:
-        # One dead rank would leave the others waiting for it for ever.
-        print(f"rank {self.rank} of {self.size} failed:", file=sys.stderr)
-        traceback.print_exc()
+        # One dead rank would leave the others waiting for it for ever. One write, so that the
+        # lines of two ranks do not mix.
+        sys.stderr.write(f"rank {self.rank} of {self.size} failed:\n{traceback.format_exc()}")
         sys.stderr.flush()
         self._communicator.Abort(1)
 
@@ -89,7 +205,7 @@ def ranks() -> Ranks:
             f"started as {announced} processes, but mpi4py cannot be imported: {error}",
             remedy="pip install mpi4py mpich, or run one process",
         ) from None
-    world = MpiRanks(MPI.COMM_WORLD)
+    world = MpiRanks(MPI)
     if world.size != announced:
         raise UserError(
             f"the launcher started {announced} processes, the MPI library sees {world.size}",
@@ -99,7 +215,7 @@ def ranks() -> Ranks:
 
 
 def agree(ranks: Ranks, work: Callable[[], Result]) -> Result:
-    """Do local work on every rank; if it is a `UserError` on one of them, it is one on all.
+    """Do local work on every rank; if one of them raises a `UserError` or `RunFailed`, all do.
 
     Without this, the ranks that succeeded would wait for ever for the one that did not.
     """
@@ -107,10 +223,11 @@ def agree(ranks: Ranks, work: Callable[[], Result]) -> Result:
     failure = None
     try:
         result = work()
-    except UserError as error:
-        failure = error.problem, error.remedy
-    failures = ranks.broadcast([f for f in ranks.gather(failure) or [] if f])
-    if failures:
-        raise UserError(failures[0][0], remedy=failures[0][1])
+    except (UserError, RunFailed) as error:
+        failure = error
+    failures = [each for each in ranks.gather(failure) or [] if each]
+    failures.sort(key=lambda each: isinstance(each, Stopped))  # what went wrong goes first
+    if first := ranks.broadcast(failures[0] if failures else None):
+        raise first
     answer: Result = result
     return answer

@@ -7,7 +7,17 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("crystal-genome", "numpy", "torch", "h5py", "gemmi", "moyopy", "pymatgen", "ray")
+_PACKAGES = (
+    "crystal-genome",
+    "numpy",
+    "torch",
+    "numba",
+    "h5py",
+    "gemmi",
+    "moyopy",
+    "pymatgen",
+    "ray",
+)
 
 
 def provenance() -> dict[str, str | int | dict[str, str]]:

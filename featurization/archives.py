@@ -18,7 +18,7 @@ from cluster.errors import UserError
 from cluster.files import sha256_of
 from featurization.crystal import Crystal, Reject
 from featurization.documents import crystal_from_document, labels_from, loads
-from featurization.records import Record, numbered, parsed
+from featurization.records import Record, parsed, streamed
 from featurization.streams import StreamBroken, json_elements, read_pieces
 from featurization.structures import crystal_from_structure_dict
 
@@ -34,18 +34,25 @@ def guess_id(text: bytes) -> str:
 class DocumentList:
     """A JSON array of Materials Project or JARVIS documents."""
 
+    in_place = False
+
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def describe(self) -> dict[str, str | int | float]:
-        return {"kind": "json-list", "path": self._path.name, "sha256": sha256_of(self._path)}
+        return {"kind": "json-list", "path": self.path.name, "sha256": sha256_of(self.path)}
 
     def records(self) -> Iterator[Record]:
-        elements = json_elements(read_pieces(self._path))
-        return numbered((guess_id(text), text) for _, text in elements)
+        return streamed(self)
+
+    def stream(self) -> Iterator[tuple[int, bytes]]:
+        return ((0, text) for _, text in json_elements(read_pieces(self.path)))
+
+    def record(self, index: int, payload: bytes) -> Record:
+        return Record(index, guess_id(payload), payload)
 
     def parse(self, record: Record) -> Crystal:
-        fallback = f"{self._path.name.split('.')[0]}-{record.index}"
+        fallback = f"{self.path.name.split('.')[0]}-{record.index}"
         return parsed(record, lambda text: crystal_from_document(loads(text), fallback))
 
 
@@ -56,8 +63,10 @@ class Matbench:
     stays `e_form`.
     """
 
+    in_place = False
+
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._index, columns = self._header()
         if "structure" not in columns:
             raise UserError(
@@ -68,24 +77,21 @@ class Matbench:
         self._structure = columns.index("structure")
 
     def describe(self) -> dict[str, str | int | float]:
-        return {"kind": "matbench", "path": self._path.name, "sha256": sha256_of(self._path)}
+        return {"kind": "matbench", "path": self.path.name, "sha256": sha256_of(self.path)}
 
     def records(self) -> Iterator[Record]:
-        return numbered(self._rows())
+        return streamed(self)
+
+    def stream(self) -> Iterator[tuple[int, bytes]]:
+        elements = json_elements(read_pieces(self.path))
+        return ((0, text) for key, text in elements if key == "data")
+
+    def record(self, index: int, payload: bytes) -> Record:
+        value = self._index[index] if index < len(self._index) else index
+        return Record(index, value if isinstance(value, str) else f"mb-{value}", payload)
 
     def parse(self, record: Record) -> Crystal:
         return parsed(record, lambda text: self._crystal(text, record.id))
-
-    def _rows(self) -> Iterator[tuple[str, bytes]]:
-        row = 0
-        for key, text in json_elements(read_pieces(self._path)):
-            if key == "data":
-                yield self._row_id(row), text
-                row += 1
-
-    def _row_id(self, row: int) -> str:
-        value = self._index[row] if row < len(self._index) else row
-        return value if isinstance(value, str) else f"mb-{value}"
 
     def _crystal(self, text: bytes, id: str) -> Crystal:
         values = loads(text)
@@ -97,7 +103,7 @@ class Matbench:
         entries = [(name, v) for name, v in zip(self._columns, values, strict=True)]
         del entries[self._structure]
         labels = labels_from(entries, known_only=False)
-        if "perovskites" in self._path.name and "formation_energy_per_atom" in labels:
+        if "perovskites" in self.path.name and "formation_energy_per_atom" in labels:
             labels["e_form"] = labels.pop("formation_energy_per_atom")
         return crystal_from_structure_dict(structure, id, labels)
 
@@ -105,7 +111,7 @@ class Matbench:
         """`index` and `columns`, wherever they stand; read no further than needed."""
         found: dict[str, list[Any]] = {"index": [], "columns": []}
         try:
-            for key, text in json_elements(read_pieces(self._path)):
+            for key, text in json_elements(read_pieces(self.path)):
                 if key == "data" and found["index"] and found["columns"]:
                     break
                 if key in found:
@@ -113,7 +119,7 @@ class Matbench:
         except (StreamBroken, Reject) as error:
             if not found["columns"]:
                 raise UserError(
-                    f"{self._path} breaks before its columns are named: {error}",
+                    f"{self.path} breaks before its columns are named: {error}",
                     remedy="fetch the file again",
                 ) from None
         return found["index"], [str(name) for name in found["columns"]]

@@ -6,14 +6,15 @@ strained no more than the symmetry tolerance explains, and the composition is un
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import moyopy
 import numpy as np
 
 from featurization.config import CellName
-from featurization.crystal import Crystal, FloatArray, Reject
+from featurization.crystal import Crystal, FloatArray, Reject, cell_volume
+from featurization.geometry import close_pairs, inverse, motion
 
 CRYSTAL_SYSTEMS = (
     "triclinic",
@@ -30,6 +31,10 @@ logging.getLogger("moyo").setLevel(logging.ERROR)
 
 # Idealization may move an atom, or the tip of a lattice vector, by this many tolerances.
 _ALLOWED_TOLERANCES = 3.0
+# Å; the primitive and the conventional cell are made from the same numbers.
+_EXACT = 1e-3
+
+Content = tuple[tuple[str, float], ...]  # species and occupancies of a site
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +58,16 @@ def standardize(crystal: Crystal, cell: CellName, symprec: float) -> tuple[Cryst
     Raises:
         Reject: the search fails, or its cell is another crystal.
     """
-    first = np.unique(crystal.site, return_index=True)[1]  # a row of each site
-    contents = [_content(crystal, int(crystal.site[row])) for row in first]
-    kinds = sorted(set(contents))
-    given = moyopy.Cell(
-        crystal.lattice.tolist(),
-        crystal.positions[first].tolist(),
-        [kinds.index(content) + 1 for content in contents],
-    )
+    contents: dict[int, Content] = {}  # in the order of sites, species in alphabetical order
+    rows = zip(crystal.site.tolist(), crystal.species, crystal.occupancy.tolist(), strict=True)
+    for site, name, occupancy in sorted(rows):
+        contents[site] = (*contents.get(site, ()), (name, round(occupancy, 6)))
+    kinds = sorted(set(contents.values()))
+    number = {content: index for index, content in enumerate(kinds, 1)}
+    positions = np.empty((len(contents), 3))
+    positions[crystal.site] = crystal.positions
+    numbers = [number[content] for content in contents.values()]
+    given = moyopy.Cell(crystal.lattice.tolist(), positions.tolist(), numbers)
     try:
         dataset = moyopy.MoyoDataset(given, symprec=symprec, setting=moyopy.Setting.standard())
     except BaseException as error:  # a Rust panic is no Exception
@@ -70,28 +77,36 @@ def standardize(crystal: Crystal, cell: CellName, symprec: float) -> tuple[Cryst
     symmetry = symmetry_of(dataset.number)
     if cell == "as_given":
         return crystal, symmetry
-    _check_same_crystal(given, dataset, symprec)
+    limit = _ALLOWED_TOLERANCES * symprec
+    _check_same_crystal(crystal.lattice, positions, numbers, dataset, limit)
     chosen = dataset.std_cell if cell == "conventional" else dataset.prim_std_cell
     lattice, positions = np.array(chosen.basis), np.array(chosen.positions)
     if cell == "niggli":
         reduced, transformation = moyopy.niggli_reduce(chosen.basis)
         lattice = np.array(reduced)
         positions = positions @ np.linalg.inv(np.array(transformation).T)
-    rows = [
-        (site, name, occupancy)
-        for site, kind in enumerate(chosen.numbers)
-        for name, occupancy in kinds[kind - 1]
-    ]
-    site = np.array([row[0] for row in rows], dtype=np.int64)
-    standard = replace(
-        crystal,
+    sites, species, occupancies = zip(
+        *(
+            (site, name, occupancy)
+            for site, kind in enumerate(chosen.numbers)
+            for name, occupancy in kinds[kind - 1]
+        ),
+        strict=True,
+    )
+    rows_of = np.array(sites)
+    standard = Crystal(
+        id=crystal.id,
         lattice=lattice,
-        positions=positions[site] % 1.0,
-        species=tuple(row[1] for row in rows),
-        occupancy=np.array([row[2] for row in rows]),
-        site=site,
+        positions=positions[rows_of] % 1.0,
+        species=species,
+        occupancy=np.array(occupancies),
+        site=rows_of,
+        labels=crystal.labels,
+        group=crystal.group,
     )
     _check_same_composition(crystal, standard)
+    if cell == "conventional":
+        _check_centering(dataset.prim_std_cell, chosen)
     return standard, symmetry
 
 
@@ -107,42 +122,53 @@ def symmetry_of(number: int) -> Symmetry:
     )
 
 
-def _content(crystal: Crystal, site: int) -> tuple[tuple[str, float], ...]:
-    rows = np.flatnonzero(crystal.site == site)
-    return tuple(sorted((crystal.species[r], round(float(crystal.occupancy[r]), 6)) for r in rows))
-
-
-def _check_same_crystal(given: moyopy.Cell, dataset: moyopy.MoyoDataset, symprec: float) -> None:
-    """Reject a standardized cell whose atoms or lattice moved further than the tolerance allows.
-
-    The primitive and the conventional cell differ by an exact centering, so that one is checked.
-    """
-    linear = np.array(dataset.prim_std_linear)
-    selected = np.array(given.basis).T @ linear  # columns, before idealization
-    ideal = np.array(dataset.prim_std_cell.basis).T
-    limit = _ALLOWED_TOLERANCES * symprec
-    # Lattice: polar stretch, expressed as the motion of the longest lattice vector's tip.
-    stretch = np.linalg.svd(ideal @ np.linalg.inv(selected), compute_uv=False)
-    longest = float(np.linalg.norm(selected, axis=0).max())
-    moved = float(np.abs(stretch - 1.0).max()) * longest
-    if moved > limit:
-        raise Reject("cell", f"standardized lattice differs by {moved:.3f} Å > {limit:.3f} Å")
-    kinds = np.array(dataset.prim_std_cell.numbers)[dataset.mapping_std_prim]
-    if not np.array_equal(kinds, given.numbers):
+def _check_same_crystal(
+    lattice: FloatArray,
+    positions: FloatArray,
+    numbers: list[int],
+    dataset: moyopy.MoyoDataset,
+    limit: float,
+) -> None:
+    """Reject a primitive standardized cell whose atoms or lattice moved by more than `limit` Å."""
+    primitive, mapping = dataset.prim_std_cell, dataset.mapping_std_prim
+    kinds = primitive.numbers
+    if [kinds[atom] for atom in mapping] != numbers:
         raise Reject("cell", "standardized cell puts other species on the sites")
-    shift = np.array(dataset.prim_std_origin_shift)
-    expected = (np.array(given.positions) - shift) @ np.linalg.inv(linear).T
-    found = np.array(dataset.prim_std_cell.positions)[dataset.mapping_std_prim]
-    delta: FloatArray = expected - found
-    distance = float(np.linalg.norm((delta - np.rint(delta)) @ ideal.T, axis=1).max())
-    if distance > limit:
-        raise Reject("cell", f"standardized atoms moved by {distance:.3f} Å > {limit:.3f} Å")
+    lattice_moved, atoms_moved = motion(
+        np.ascontiguousarray(lattice),
+        positions,
+        np.array(dataset.prim_std_linear).T.copy(),
+        np.array(dataset.prim_std_origin_shift),
+        np.array(primitive.basis),
+        np.array(primitive.positions)[mapping],
+    )
+    if lattice_moved > limit:
+        raise Reject("cell", f"standardized lattice differs by {lattice_moved:.3f} > {limit:.3f} Å")
+    if atoms_moved > limit:
+        raise Reject("cell", f"standardized atoms moved by {atoms_moved:.3f} > {limit:.3f} Å")
+
+
+def _check_centering(primitive: moyopy.Cell, conventional: moyopy.Cell) -> None:
+    """Reject a conventional cell that is not the primitive one with an exact centering."""
+    small, large = np.array(primitive.basis), np.array(conventional.basis)
+    rows = np.rint(large @ inverse(small))
+    order = round(cell_volume(rows))
+    # moyo lists all images of one atom of the primitive cell, then those of the next.
+    same = [kind for kind in primitive.numbers for _ in range(order)] == conventional.numbers
+    if same:
+        positions = np.array(conventional.positions)
+        images = np.array(primitive.positions).repeat(order, axis=0)
+        moved = motion(large, positions, inverse(rows), np.zeros(3), small, images)
+        same = max(moved) < _EXACT and len(close_pairs(large, positions, _EXACT)[0]) == 0
+    if not same:
+        raise Reject("cell", "conventional cell is not the primitive one with a centering")
 
 
 def _check_same_composition(before: Crystal, after: Crystal) -> None:
-    ratio = sum(after.composition.values()) / sum(before.composition.values())
-    for name, amount in before.composition.items():
-        if abs(after.composition.get(name, 0.0) - ratio * amount) > 1e-6 * max(1.0, ratio * amount):
+    old, new = before.composition, after.composition
+    ratio = sum(new.values()) / sum(old.values())
+    for name, amount in old.items():
+        if abs(new.get(name, 0.0) - ratio * amount) > 1e-6 * max(1.0, ratio * amount):
             raise Reject("cell", f"standardized cell changes the amount of {name}")
     if abs(after.volume / before.volume / ratio - 1.0) > 0.1:
         raise Reject("cell", "standardized cell changes the volume per atom by more than 10 %")

@@ -1,8 +1,8 @@
 """What decides the content of a dataset: every field lands in the manifest."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Config
 
@@ -18,6 +18,8 @@ class FeaturizationConfig(Config):
 
     radiation: RadiationName = "xray"
     """Scatterer: xray (IT92), xray_pymatgen (the paper's), neutron (Sears 1992), electron."""
+    also_radiation: tuple[RadiationName, ...] = ()
+    """More scatterers on the same points, each a column `intensity_NAME` beside `intensity`."""
     cell: CellName = "primitive"
     """Cell that spans the reciprocal lattice; primitive and conventional are standardized."""
     selection: str = "sphere:1.2"
@@ -32,10 +34,18 @@ class FeaturizationConfig(Config):
     """A reflection with |F|² ≤ tolerance × (Σ|f|)² is absent."""
     max_points: int = Field(default=100_000, ge=1)
     """A crystal with more points (Friedel half) is rejected."""
+    max_atoms: int = Field(default=2000, ge=1)
+    """A crystal with more scatterers in the cell that the source gives is rejected."""
+    max_seconds: float = Field(default=60.0, gt=0, le=86_400)
+    """A crystal that takes longer is rejected."""
+    occupancy: Literal["average", "reject"] = "average"
+    """Partly occupied sites: average their scattering, or reject the crystal."""
     id_prop_label: str = Field(default="target", pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
     """Name of the values in an id_prop.csv without header row."""
     shard_structures: int = Field(default=4096, ge=1)
-    """Crystals a shard."""
+    """Crystals a shard, at most."""
+    shard_mib: int = Field(default=64, ge=1, le=1024)
+    """MiB of points after which a shard is closed."""
 
     @field_validator("selection")
     @classmethod
@@ -52,6 +62,16 @@ class FeaturizationConfig(Config):
             # All digits: `:g` would move the sphere of a radius with more than six.
             return f"sphere:{number!r}".removesuffix(".0")
         raise ValueError("must be miller:m (whole m, 1 to 50) or sphere:q (0 < q ≤ 4 1/Å)")
+
+    @model_validator(mode="after")
+    def _each_radiation_once(self) -> Self:
+        named = (self.radiation, *self.also_radiation)
+        if twice := sorted({name for name in named if named.count(name) > 1}):
+            raise ValueError(
+                f"also_radiation: {', '.join(twice)} given twice; radiation is {self.radiation}, "
+                "also_radiation lists others, each once"
+            )
+        return self
 
     @property
     def miller_limit(self) -> int | None:

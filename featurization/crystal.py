@@ -40,6 +40,16 @@ ATTRIBUTION = (
 )
 
 
+def cell_volume(lattice: FloatArray) -> float:
+    """|a · (b × c)| in Å³ of (3, 3) rows."""
+    # Plain floats: for one 3 × 3 matrix ten times faster than numpy.linalg, and no warnings.
+    a, (bx, by, bz), (cx, cy, cz) = lattice.tolist()
+    volume: float = (
+        a[0] * (by * cz - bz * cy) + a[1] * (bz * cx - bx * cz) + a[2] * (bx * cy - by * cx)
+    )
+    return abs(volume)
+
+
 @dataclass(frozen=True, slots=True)
 class Crystal:
     """A periodic crystal: one row a scatterer, i.e. one species on one site.
@@ -60,14 +70,14 @@ class Crystal:
     @property
     def volume(self) -> float:
         """Cell volume in Å³."""
-        return abs(float(np.linalg.det(self.lattice)))
+        return cell_volume(self.lattice)
 
     @property
     def composition(self) -> dict[str, float]:
         """Species → number of atoms a cell, weighted by occupancy."""
         total: dict[str, float] = {}
-        for name, occupancy in zip(self.species, self.occupancy, strict=True):
-            total[name] = total.get(name, 0.0) + float(occupancy)
+        for name, occupancy in zip(self.species, self.occupancy.tolist(), strict=True):
+            total[name] = total.get(name, 0.0) + occupancy
         return total
 
     @property
@@ -77,7 +87,7 @@ class Crystal:
         Amounts that are not whole (partial occupancy) are divided by the number of atoms and
         written with three decimals: supercells of one crystal always get one formula.
         """
-        amounts = {name: self.composition[name] for name in sorted(self.composition)}
+        amounts = dict(sorted(self.composition.items()))
         rounded = {name: round(amount) for name, amount in amounts.items()}
         if all(abs(amounts[n] - rounded[n]) < 1e-3 and rounded[n] > 0 for n in amounts):
             divisor = reduce(math.gcd, rounded.values())

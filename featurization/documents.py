@@ -53,8 +53,8 @@ def labels_from(entries: Iterable[tuple[str, Any]], *, known_only: bool) -> dict
     for published, value in entries:
         plain = _plain_name(published)
         name = _SYNONYMS.get(plain, "" if known_only else plain)
-        number = _number(value)
-        if not name or number is None:
+        number = _number(value) if name else None
+        if number is None:
             continue
         if plain.startswith("log10_") and name != plain:
             if number > 300.0:  # 10^x must stay finite
@@ -148,7 +148,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, str):
         truth = {"true": 1.0, "false": 0.0}.get(value.strip().lower())
         value = value if truth is None else truth
-    if not isinstance(value, int | float | str):
+    if not isinstance(value, (int, float, str)):
         return None
     try:
         number = float(value)

@@ -14,7 +14,7 @@ from cluster.errors import UserError
 from cluster.files import sha256_of
 from featurization.crystal import Crystal, Reject
 from featurization.documents import labels_from
-from featurization.records import Damage, Record, numbered, parsed
+from featurization.records import Damage, Record, listed, parsed
 from featurization.structures import crystal_from_cif, crystal_from_poscar
 
 _MAX_BYTES = 64 << 20
@@ -42,7 +42,13 @@ class StructureFile:
         return {"kind": "structure", "path": self._path.name, "sha256": sha256_of(self._path)}
 
     def records(self) -> Iterator[Record]:
-        return numbered([(_stem(self._path), _File(self._path, {}))])
+        return listed(self)
+
+    def __len__(self) -> int:
+        return 1
+
+    def record(self, index: int) -> Record:
+        return Record(index, _stem(self._path), _File(self._path, {}))
 
     def parse(self, record: Record) -> Crystal:
         return parsed(record, lambda file: _crystal(file, record.id))
@@ -70,6 +76,7 @@ class StructureFolder:
                 remedy="give the folder that holds the files themselves",
             )
         self._rows = self._read_table() if self._table.exists() else None
+        self._entries = list(self._list_entries())
 
     def describe(self) -> dict[str, str | int | float]:
         """Provenance; the hash is over sorted names, sizes and contents."""
@@ -85,12 +92,18 @@ class StructureFolder:
         }
 
     def records(self) -> Iterator[Record]:
-        return numbered(self._entries())
+        return listed(self)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def record(self, index: int) -> Record:
+        return Record(index, *self._entries[index])
 
     def parse(self, record: Record) -> Crystal:
         return parsed(record, lambda file: _crystal(file, record.id))
 
-    def _entries(self) -> Iterator[tuple[str, _File | Damage]]:
+    def _list_entries(self) -> Iterator[tuple[str, _File | Damage]]:
         if self._rows is None:
             yield from ((_stem(path), _File(path, {})) for path in self._files)
             return

@@ -43,7 +43,7 @@ from featurization.config import RadiationName
 from featurization.crystal import Crystal, FloatArray, IntArray, Reject
 from featurization.geometry import close_pairs
 from featurization.radiation import form_factors
-from featurization.records import Record, numbered, parsed
+from featurization.records import Record, listed, parsed
 from featurization.structures import crystal_from_structure_dict
 from featurization.validation import crystal_from_arrays
 
@@ -85,7 +85,13 @@ class Prototypes:
         }
 
     def records(self) -> Iterator[Record]:
-        return numbered((f"aflow-{i:06d}", i) for i in range(self._count))
+        return listed(self)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def record(self, index: int) -> Record:
+        return Record(index, f"aflow-{index:06d}", index)
 
     def parse(self, record: Record) -> Crystal:
         return parsed(record, lambda index: _decorated(index, self._seed, record.id))

@@ -19,14 +19,15 @@ others. Imaginary parts (absorption) and charges of ions are ignored.
 
 import json
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
 
 import gemmi
 import numpy as np
 
 from featurization.config import RadiationName
-from featurization.crystal import FloatArray, Reject
+from featurization.crystal import FloatArray, IntArray, Reject
+from featurization.kernel import COEFFICIENTS, GAUSSIANS, form_factor
 
 UNITS: dict[RadiationName, str] = {
     "xray": "e",
@@ -50,45 +51,82 @@ def form_factors(species: Sequence[str], q: FloatArray, radiation: RadiationName
     Raises:
         Reject: a species without a value in the table.
     """
-    s2 = 0.25 * q * q
-    return np.stack([_one(name, s2, radiation) for name in species])
+    rows, table = scattering(species, (radiation,))
+    s2 = np.ascontiguousarray(0.25 * q * q, dtype=np.float64)
+    f = np.empty((len(rows), len(s2)))
+    for i, row in enumerate(rows):
+        form_factor(table[0, row], s2, f[i])
+    return f
 
 
-def _one(name: str, s2: FloatArray, radiation: RadiationName) -> FloatArray:
-    constant, slope, amplitudes, widths = _coefficients(name, radiation)
-    gaussians = amplitudes @ np.exp(-np.multiply.outer(widths, s2))
-    return constant + (s2 * gaussians if slope else gaussians)
+def scattering(
+    species: Sequence[str], radiations: tuple[RadiationName, ...]
+) -> tuple[IntArray, FloatArray]:
+    """The fits of form factors to several tables, for `kernel.form_factor`.
+
+    Returns:
+        (A,) row of each species in a (R, S, COEFFICIENTS) array, which callers must not change.
+
+    Raises:
+        Reject: a species without a value in one of the tables.
+    """
+    rows, table = _tables(radiations)
+    try:
+        return np.array([rows[name] for name in species]), table
+    except KeyError as error:
+        name = error.args[0]
+    for radiation in radiations:
+        _fit(name, radiation)  # says what is missing
+    raise Reject("diffraction", f"{name} is no element")
 
 
 @cache
-def _coefficients(
-    name: str, radiation: RadiationName
-) -> tuple[float, bool, FloatArray, FloatArray]:
-    """Constant, whether s² multiplies the Gaussians, and their amplitudes and widths (Å²)."""
+def _tables(radiations: tuple[RadiationName, ...]) -> tuple[dict[str, int], FloatArray]:
+    """Element → row, and (R, S, COEFFICIENTS), of the elements that all radiations know."""
+    fits: dict[str, list[list[float]]] = {}
+    for name in [gemmi.Element(z).name for z in range(1, 119)] + ["D"]:
+        try:
+            fits[name] = [_fit(name, radiation) for radiation in radiations]
+        except Reject:
+            continue
+    table = np.array(list(fits.values())).transpose(1, 0, 2)
+    return {name: row for row, name in enumerate(fits)}, np.ascontiguousarray(table)
+
+
+def _fit(name: str, radiation: RadiationName) -> list[float]:
+    """Constant, whether s² multiplies the Gaussians, their amplitudes and their widths (Å²)."""
     element = gemmi.Element(name)
     if element.atomic_number == 0:  # gemmi's unknown element "X" scatters like oxygen
         raise Reject("diffraction", f"{name} is no element")
-    none = np.zeros(0)
     if radiation == "neutron":
         length = element.neutron92.calculate_sf(0.0) if element.neutron92 is not None else 0.0
         if length == 0.0:
             raise Reject("diffraction", f"no neutron scattering length for {name}")
-        return float(length), False, none, none
+        return _row(float(length), False, [], [])
     if radiation == "xray_pymatgen":
         table = _pymatgen_table()
         pairs = table.get(name)
         if pairs is None:
             raise Reject("diffraction", f"no X-ray form factor for {name} in pymatgen's table")
-        a, b = np.array(pairs, dtype=np.float64).T
-        return float(element.atomic_number), True, -41.78214 * a, b
-    coefficients = element.it92 if radiation == "xray" else element.c4322
-    if coefficients is None or coefficients.calculate_sf(0.0) == 0.0:
+        amplitudes = [-41.78214 * a for a, _ in pairs]
+        return _row(float(element.atomic_number), True, amplitudes, [b for _, b in pairs])
+    fit = element.it92 if radiation == "xray" else element.c4322
+    if fit is None or fit.calculate_sf(0.0) == 0.0:
         raise Reject("diffraction", f"no {radiation} form factor for {name}")
-    constant = coefficients.c if isinstance(coefficients, gemmi.IT92Coef) else 0.0
-    return constant, False, np.array(coefficients.a), np.array(coefficients.b)
+    constant = fit.c if isinstance(fit, gemmi.IT92Coef) else 0.0
+    return _row(constant, False, fit.a, fit.b)
 
 
-@lru_cache(maxsize=1)
+def _row(
+    constant: float, slope: bool, amplitudes: Sequence[float], widths: Sequence[float]
+) -> list[float]:
+    unused = [0.0] * (GAUSSIANS - len(amplitudes))
+    row = [constant, float(slope), *amplitudes, *unused, *widths, *unused]
+    assert len(row) == COEFFICIENTS
+    return row
+
+
+@cache
 def _pymatgen_table() -> dict[str, list[list[float]]]:
     source = files("pymatgen.analysis.diffraction") / "atomic_scattering_params.json"
     table: dict[str, list[list[float]]] = json.loads(source.read_text())

@@ -1,8 +1,9 @@
 """What every source has in common: raw records, and the rule that nothing is lost silently."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from featurization.crystal import Crystal, Reject
 from featurization.streams import StreamBroken
@@ -25,7 +26,7 @@ class Damage:
 
 
 class Source(Protocol):
-    """Crystals of one origin. `records` is cheap, so that each rank can walk all of them."""
+    """Crystals of one origin: a `Listing` or a `Stream`."""
 
     def describe(self) -> dict[str, str | int | float]:
         """Provenance: kind, file name, content hash, settings."""
@@ -41,15 +42,55 @@ class Source(Protocol):
         """
 
 
-def numbered(entries: Iterable[tuple[str, Any]]) -> Iterator[Record]:
-    """Records of (id, payload) entries; where the stream breaks, a last one that is a `Damage`."""
+@runtime_checkable
+class Listing(Source, Protocol):
+    """A source that knows its records by number, such as a folder of files."""
+
+    def __len__(self) -> int:
+        """How many records there are."""
+
+    def record(self, index: int) -> Record:
+        """The record of a number."""
+
+
+@runtime_checkable
+class Stream(Source, Protocol):
+    """A source that is one file of records after each other."""
+
+    path: Path
+    in_place: bool
+    """Whether records are bytes of the file as it lies there, neither compressed nor cut out."""
+
+    def stream(self) -> Iterator[tuple[int, bytes]]:
+        """Where each record begins (a position in the file if `in_place`), and its bytes.
+
+        Raises:
+            StreamBroken: the file cannot be read on.
+        """
+
+    def record(self, index: int, payload: bytes) -> Record:
+        """The record of a number, given its bytes."""
+
+
+def listed(source: Listing) -> Iterator[Record]:
+    """All records of a listing."""
+    return (source.record(index) for index in range(len(source)))
+
+
+def streamed(source: Stream) -> Iterator[Record]:
+    """All records of a stream; where it breaks, a last one that is a `Damage`."""
     index = 0
     try:
-        for id, payload in entries:
-            yield Record(index, id, payload)
+        for _, payload in source.stream():
+            yield source.record(index, payload)
             index += 1
     except StreamBroken as error:
-        yield Record(index, "", Damage(f"stream ends early: {error}"))
+        yield broken_end(index, str(error))
+
+
+def broken_end(index: int, reason: str) -> Record:
+    """In place of all records that a broken stream cannot give."""
+    return Record(index, "", Damage(f"stream ends early: {reason}"))
 
 
 def parsed(record: Record, parse: Callable[[Any], Crystal]) -> Crystal:

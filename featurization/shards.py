@@ -11,6 +11,7 @@ Layout of a shard and of `dataset.h5` (N crystals, P stored points of all of the
 | /hkl                      | P×3, int16      | Miller indices of the stored cell                 |
 | /q                        | P×3, float32    | 1/Å, crystallographic (no 2π)                     |
 | /intensity                | P, float32      | |F|²/V², unit as attribute                        |
+| /intensity_NAME           | P, float32      | the same for each of `config.also_radiation`      |
 | /multiplicity             | P, uint8        | 2 stands for the pair ±q, 1 for the origin        |
 | /lattice                  | N×3×3, float64  | rows a, b, c of the stored cell, Å                |
 | /symmetry/number          | N, int16        | space group                                       |
@@ -31,27 +32,14 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.errors import UserError
-from cluster.files import replacing, sha256_of
+from cluster.files import replacing
 from featurization.cells import Symmetry
 from featurization.cloud import Cloud
 from featurization.config import FeaturizationConfig
 from featurization.crystal import ATTRIBUTION, LABEL_UNITS, FloatArray
+from featurization.manifest import FORMAT_VERSION
 from featurization.radiation import UNITS
 
-FORMAT_VERSION = 1
-# What readers rely on, and its types.
-_MANIFEST = {
-    "structures": int,
-    "rejected": int,
-    "points": int,
-    "content_hash": str,
-    "config": dict,
-    "source": dict,
-    "source_spec": str,
-    "shards": list,
-}
-_MANIFEST_ROW = {"file": str, "structures": int, "points": int, "sha256": str, "content_hash": str}
 _TEXT = h5py.string_dtype("utf-8")
 _POINT_ARRAYS = ("hkl", "q", "intensity", "multiplicity")  # in the order of Cloud's fields
 _ARRAYS = (*_POINT_ARRAYS, "lattice", "source_index", "symmetry/number")
@@ -78,6 +66,13 @@ class Entry:
     symmetry: Symmetry
     labels: Mapping[str, float]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the points take in a shard."""
+        cloud = self.cloud
+        columns = (cloud.hkl, cloud.q, cloud.intensity, cloud.multiplicity, cloud.also)
+        return sum(column.nbytes for column in columns)
+
     def digest(self) -> int:
         """SHA-256 of id, points, cell, symmetry and known labels, as an integer.
 
@@ -93,6 +88,7 @@ class Entry:
             (self.cloud.q, "<f4"),
             (self.cloud.intensity, "<f4"),
             (self.cloud.multiplicity, "u1"),
+            (self.cloud.also, "<f4"),
         ):
             sha.update(np.ascontiguousarray(array, dtype=kind).tobytes())
         return int.from_bytes(sha.digest(), "little")
@@ -118,6 +114,8 @@ def write_shard(
         "lattice": np.stack([e.lattice for e in entries]).astype(np.float64),
         "symmetry/number": np.array([e.symmetry.number for e in entries], dtype=np.int16),
     }
+    for row, name in enumerate(also_columns(config)):
+        columns[name] = np.concatenate([e.cloud.also[row] for e in entries])
     for name in sorted({name for e in entries for name in e.labels}):
         values = [float(e.labels.get(name, np.nan)) for e in entries]
         columns[f"labels/{name}"] = np.array(values, dtype=np.float64)
@@ -130,35 +128,37 @@ def write_shard(
         "symmetry/bravais": [e.symmetry.bravais for e in entries],
     }
     hash_of_all = content_hash(entry.digest() for entry in entries)
-    with replacing(path) as temporary:
-        with h5py.File(temporary, "w") as file:
-            _set_attributes(file, config, hash_of_all)
-            for name, array in columns.items():
-                _set_unit(file.create_dataset(name, data=array), name, config)
-            for name, text in texts.items():
-                file.create_dataset(name, data=text, dtype=_TEXT)
-            file.require_group("labels")
-        checksum = sha256_of(temporary)
+    with in_memory(path) as file:
+        set_attributes(file, config, hash_of_all)
+        for name, array in columns.items():
+            set_unit(file.create_dataset(name, data=array), name, config)
+        for name, text in texts.items():
+            file.create_dataset(name, data=text, dtype=_TEXT)
+        file.require_group("labels")
+        image = write_file(file, path)
     return {
         "file": f"shards/{path.name}",
         "structures": len(entries),
         "points": int(sum(counts)),
-        "sha256": checksum,
+        "labels": [name.removeprefix("labels/") for name in columns if name.startswith("labels/")],
+        "sha256": hashlib.sha256(image).hexdigest(),
         "content_hash": hash_of_all,
     }
 
 
 def read_shard(path: Path) -> list[Entry]:
     """All crystals of a shard, as they were written."""
-    with h5py.File(path, "r") as file:
+    with h5py.File(path, "r", locking=False) as file:
         texts = {name: file[name].asstr()[:] for name in _TEXT_COLUMNS}
         labels = {name: file["labels"][name][:] for name in file["labels"]}
         arrays = {name: file[name][:] for name in _ARRAYS}
         offsets = file["offsets"][:]
+        config = FeaturizationConfig.model_validate_json(file.attrs["config"])
+        also = np.array([file[name] for name in also_columns(config)], dtype=np.float32)
     entries = []
     for i in range(len(texts["id"])):
         part = slice(offsets[i], offsets[i + 1])
-        cloud = Cloud(*(arrays[name][part] for name in _POINT_ARRAYS))
+        points = [*(arrays[name][part] for name in _POINT_ARRAYS), also[..., part]]
         symmetry = Symmetry(
             number=int(arrays["symmetry/number"][i]),
             point_group=texts["symmetry/point_group"][i],
@@ -171,7 +171,7 @@ def read_shard(path: Path) -> list[Entry]:
                 group=texts["group"][i],
                 formula=texts["formula"][i],
                 source_index=int(arrays["source_index"][i]),
-                cloud=cloud,
+                cloud=Cloud(*points),
                 lattice=arrays["lattice"][i],
                 symmetry=symmetry,
                 labels={n: float(v[i]) for n, v in labels.items() if np.isfinite(v[i])},
@@ -180,87 +180,49 @@ def read_shard(path: Path) -> list[Entry]:
     return entries
 
 
-def write_virtual(
-    folder: Path, shards: Sequence[dict[str, Any]], config: FeaturizationConfig
-) -> None:
-    """Write `dataset.h5`: HDF5 virtual datasets that show all shards as one file.
+def read_ids(path: Path) -> tuple[list[str], NDArray[np.int64]]:
+    """Ids and source indices of a shard."""
+    with h5py.File(path, "r", locking=False) as file:
+        return list(file["id"].asstr()[:]), file["source_index"][:]
 
-    Only `/offsets` is stored in it, since it must count through all shards. A label that a shard
-    does not know reads as NaN. HDF5 shows fill values for a shard that is missing: `verify`.
+
+def in_memory(path: Path) -> h5py.File:
+    """A new file that `write_file` will write to this path.
+
+    HDF5 itself neither locks nor writes on a parallel file system, nor meets a full disk.
     """
-    lengths = {"N": [s["structures"] for s in shards], "P": [s["points"] for s in shards]}
-    starts = {axis: np.concatenate([[0], np.cumsum(n)]).astype(int) for axis, n in lengths.items()}
-    offsets = [np.zeros(1, dtype=np.int64)]
-    shapes: dict[str, tuple[Any, tuple[int, ...], list[int]]] = {}
-    for i, shard in enumerate(shards):
-        with h5py.File(folder / shard["file"], "r") as file:
-            offsets.append(file["offsets"][1:] + starts["P"][i])
-            for name in (*_ARRAYS, *_TEXT_COLUMNS, *(f"labels/{n}" for n in file["labels"])):
-                data = file[name]
-                shapes.setdefault(name, (data.dtype, data.shape[1:], []))[2].append(i)
-    with replacing(folder / "dataset.h5") as temporary, h5py.File(temporary, "w") as file:
-        _set_attributes(file, config, content_hash(int(s["content_hash"], 16) for s in shards))
-        file.require_group("labels")
-        _set_unit(file.create_dataset("offsets", data=np.concatenate(offsets)), "offsets", config)
-        for name, (dtype, tail, holders) in sorted(shapes.items()):
-            axis = "P" if name in _POINT_ARRAYS else "N"
-            layout = h5py.VirtualLayout((starts[axis][-1], *tail), dtype=dtype)
-            for i in holders:
-                source = h5py.VirtualSource(
-                    shards[i]["file"], name, shape=(lengths[axis][i], *tail), dtype=dtype
-                )
-                layout[starts[axis][i] : starts[axis][i + 1]] = source
-            fill = np.nan if name.startswith("labels/") else None
-            _set_unit(file.create_virtual_dataset(name, layout, fillvalue=fill), name, config)
+    return h5py.File(str(path), "w", driver="core", backing_store=False)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished dataset.
-
-    Raises:
-        UserError: there is none, or it is of another format version.
-    """
-    path = folder / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        if version == FORMAT_VERSION:
-            _check_kinds(manifest, _MANIFEST)
-            for row in manifest["shards"]:
-                _check_kinds(row, _MANIFEST_ROW)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} is no finished dataset: it has no manifest.json",
-            remedy="run xtal featurize SOURCE OUT and give OUT here",
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a manifest: {error!r}", remedy="featurize into a new folder"
-        ) from None
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}",
-            remedy="featurize again with this version",
-        )
-    return manifest
+def write_file(file: h5py.File, path: Path) -> bytes:
+    """Write a file that was made in memory atomically; return its bytes."""
+    file.flush()
+    image: bytes = file.id.get_file_image()
+    with replacing(path) as temporary:
+        temporary.write_bytes(image)
+    return image
 
 
-def _check_kinds(values: dict[str, Any], kinds: dict[str, type]) -> None:
-    for name, kind in kinds.items():
-        if type(values[name]) is not kind:
-            raise TypeError(f"{name} is {values[name]!r}, must be {kind.__name__}")
-
-
-def _set_attributes(file: h5py.File, config: FeaturizationConfig, hash_of_all: str) -> None:
+def set_attributes(file: h5py.File, config: FeaturizationConfig, hash_of_all: str) -> None:
     file.attrs["format_version"] = FORMAT_VERSION
     file.attrs["config"] = config.model_dump_json()
     file.attrs["content_hash"] = hash_of_all
     file.attrs["attribution"] = ATTRIBUTION
 
 
-def _set_unit(data: h5py.Dataset, name: str, config: FeaturizationConfig) -> None:
-    unit = UNITS[config.radiation]
-    units = {"q": "1/Å", "lattice": "Å", "intensity": f"({unit}/Å³)²"}
+def point_columns(config: FeaturizationConfig) -> tuple[str, ...]:
+    """Names of the columns with a row a point."""
+    return (*_POINT_ARRAYS, *also_columns(config))
+
+
+def also_columns(config: FeaturizationConfig) -> list[str]:
+    """Datasets of the intensities that `Cloud.also` holds, in the order of its rows."""
+    return [f"intensity_{name}" for name in config.also_radiation]
+
+
+def set_unit(data: h5py.Dataset, name: str, config: FeaturizationConfig) -> None:
+    units = {"q": "1/Å", "lattice": "Å", "intensity": f"({UNITS[config.radiation]}/Å³)²"}
+    units |= {f"intensity_{kind}": f"({UNITS[kind]}/Å³)²" for kind in config.also_radiation}
     units |= {f"labels/{label}": label_unit for label, label_unit in LABEL_UNITS.items()}
     if name in units:
         data.attrs["units"] = units[name]

@@ -14,7 +14,7 @@ Text and JSON may be `.gz`, `.zst` or `.zip`.
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cluster.errors import UserError
@@ -24,8 +24,8 @@ from featurization.crystal import Crystal, Reject
 from featurization.documents import crystal_from_document, labels_from, loads
 from featurization.folders import StructureFile, StructureFolder, is_structure_file
 from featurization.prototypes import Prototypes
-from featurization.records import Damage, Record, Source, numbered, parsed
-from featurization.streams import StreamBroken, lines, read_pieces, zip_member
+from featurization.records import Damage, Record, Source, parsed, streamed
+from featurization.streams import StreamBroken, is_compressed, lines, read_pieces, zip_member
 from featurization.structures import crystal_from_cif
 
 __all__ = ["Record", "Source", "open_source"]
@@ -73,17 +73,27 @@ class JsonLines:
     """Materials Project or JARVIS documents, one JSON object a line; blank lines are skipped."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
+        self.in_place = not is_compressed(path)
 
     def describe(self) -> dict[str, str | int | float]:
-        return {"kind": "jsonl", "path": self._path.name, "sha256": sha256_of(self._path)}
+        return {"kind": "jsonl", "path": self.path.name, "sha256": sha256_of(self.path)}
 
     def records(self) -> Iterator[Record]:
-        whole = lines(read_pieces(self._path))
-        return numbered((guess_id(line), line) for line in whole if not line.isspace())
+        return streamed(self)
+
+    def stream(self) -> Iterator[tuple[int, bytes]]:
+        position = 0
+        for line in lines(read_pieces(self.path)):
+            if not line.isspace():
+                yield position, line
+            position += len(line)
+
+    def record(self, index: int, payload: bytes) -> Record:
+        return Record(index, guess_id(payload), payload)
 
     def parse(self, record: Record) -> Crystal:
-        fallback = f"{self._path.name.split('.')[0]}-{record.index}"
+        fallback = f"{self.path.name.split('.')[0]}-{record.index}"
         return parsed(record, lambda line: crystal_from_document(loads(line), fallback))
 
 
@@ -94,9 +104,11 @@ class CifTable:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
+        self.in_place = not is_compressed(path)
         try:
-            self._header: list[str] = next(self._reader(), [])
+            rows = filter(None, _reader(lines(read_pieces(path))))
+            self._header: list[str] = next(rows, [])
         except (StreamBroken, csv.Error) as error:
             raise UserError(f"{path} cannot be read: {error}", remedy="save it anew") from None
         if self._header and "cif" not in self._header:
@@ -108,34 +120,46 @@ class CifTable:
         self._id_column = self._header.index(ids[0]) if ids else None
 
     def describe(self) -> dict[str, str | int | float]:
-        return {"kind": "csv", "path": self._path.name, "sha256": sha256_of(self._path)}
+        return {"kind": "csv", "path": self.path.name, "sha256": sha256_of(self.path)}
 
     def records(self) -> Iterator[Record]:
-        return numbered(self._rows())
+        return streamed(self)
+
+    def stream(self) -> Iterator[tuple[int, bytes]]:
+        """The lines of each row, also of one that is malformed."""
+        taken: list[bytes] = []  # lines that the reader took since the last row
+
+        def taking() -> Iterator[bytes]:
+            for line in lines(read_pieces(self.path)):
+                taken.append(line)
+                yield line
+
+        reader = _reader(taking())
+        position, header = 0, True
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error:  # the reader goes on with the next line
+                row = [""]
+            if row is None:
+                return
+            payload = b"".join(taken)
+            taken.clear()
+            if row and not header:
+                yield position, payload
+            position += len(payload)
+            header = header and not row
+
+    def record(self, index: int, payload: bytes) -> Record:
+        try:
+            row = next(filter(None, _reader(lines([payload]))), [])
+        except csv.Error as error:
+            return Record(index, "", Damage(f"malformed CSV: {error}"))
+        column = self._id_column
+        return Record(index, row[column] if column is not None and column < len(row) else "", row)
 
     def parse(self, record: Record) -> Crystal:
         return parsed(record, lambda row: self._crystal(row, record))
-
-    def _reader(self) -> Iterator[list[str]]:
-        csv.field_size_limit(max(_MAX_FIELD, csv.field_size_limit()))
-        # Bytes that are not UTF-8 become lone surrogates, so that only their row is rejected.
-        text = (line.decode("utf-8", "surrogateescape") for line in lines(read_pieces(self._path)))
-        return csv.reader((line.removeprefix("\ufeff") for line in text), strict=True)
-
-    def _rows(self) -> Iterator[tuple[str, list[str] | Damage]]:
-        reader = self._reader()
-        next(reader, None)
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:  # the reader goes on with the next line
-                yield "", Damage(f"malformed CSV: {error}")
-                continue
-            if row:
-                column = self._id_column
-                yield row[column] if column is not None and column < len(row) else "", row
 
     def _crystal(self, row: list[str], record: Record) -> Crystal:
         if len(row) != len(self._header):
@@ -146,8 +170,15 @@ class CifTable:
         except UnicodeEncodeError:
             raise Reject("source", "the CIF text is not UTF-8") from None
         labels = labels_from(named.items(), known_only=True)
-        id = record.id or f"{self._path.name.split('.')[0]}-{record.index}"
+        id = record.id or f"{self.path.name.split('.')[0]}-{record.index}"
         return crystal_from_cif(named["cif"], id, labels)
+
+
+def _reader(rows: Iterable[bytes]) -> Iterator[list[str]]:
+    csv.field_size_limit(max(_MAX_FIELD, csv.field_size_limit()))
+    # Bytes that are not UTF-8 become lone surrogates, so that only their row is rejected.
+    text = (line.decode("utf-8", "surrogateescape") for line in rows)
+    return csv.reader((line.removeprefix("\ufeff") for line in text), strict=True)
 
 
 def _prototypes(spec: str) -> Prototypes:

@@ -63,6 +63,15 @@ def read_pieces(path: Path) -> Iterator[bytes]:
         raise StreamBroken(f"{type(error).__name__}: {error}") from None
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether `read_pieces` would unpack the file; False for one that cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4).startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK"))
+    except OSError:
+        return False
+
+
 def zip_member(path: Path) -> str:
     """Name of the one file in a zip archive.
 

@@ -3,6 +3,7 @@
 Whatever comes in, either a crystal that can be computed with comes out or a `Reject`.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -110,7 +111,7 @@ def crystal_from_cif(text: str, id: str, labels: dict[str, float]) -> Crystal:
     if not small.symops and small.spacegroup is None and small.spacegroup_hm:
         raise Reject("structure", f"unknown space group {small.spacegroup_hm!r}")
     for place in small.sites:
-        if not np.isfinite(place.fract.tolist()).all():
+        if not all(math.isfinite(x) for x in place.fract.tolist()):
             raise Reject("structure", f"a coordinate of {place.label} is not a number")
         if place.element.name == "X":
             name = place.type_symbol or place.label

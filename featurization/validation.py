@@ -11,8 +11,8 @@ from typing import Any
 import gemmi
 import numpy as np
 
-from featurization.crystal import Crystal, FloatArray, IntArray, Reject
-from featurization.geometry import cell_volume, close_pairs
+from featurization.crystal import Crystal, FloatArray, IntArray, Reject, cell_volume
+from featurization.geometry import close_pairs, within
 
 MAX_ATOMS = 10_000
 MIN_VOLUME, MAX_VOLUME = 0.1, 1e7  # Å³ a cell
@@ -52,14 +52,13 @@ def crystal_from_arrays(
     """
     if not 0 < len(species) <= MAX_ATOMS:
         raise _reject(f"{len(species)} atoms; must be 1 to {MAX_ATOMS}")
-    unknown = sorted(set(species) - ELEMENTS)
-    if unknown:
-        raise _reject(f"unknown element {unknown[0]!r}")
-    # NaN fails both comparisons. Rounding destroys coordinates this far out, and with them the
-    # distances.
-    if not np.abs(lattice).max() <= 1e6:
+    if unknown := set(species) - ELEMENTS:
+        raise _reject(f"unknown element {min(unknown)!r}")
+    # Rounding destroys coordinates this far out, and with them the distances.
+    lattice, positions = np.ascontiguousarray(lattice), np.ascontiguousarray(positions)
+    if not within(lattice, 1e6):
         raise _reject(f"lattice component {np.abs(lattice).max():.3g} Å; must be finite, ≤ 1e6")
-    if not np.abs(positions).max() <= 1e6:
+    if not within(positions, 1e6):
         raise _reject(f"coordinate {np.abs(positions).max():.3g}; must be finite, ≤ 1e6")
     volume = cell_volume(lattice)
     if not MIN_VOLUME <= volume <= MAX_VOLUME:
@@ -112,8 +111,8 @@ def lattice_from_parameters(parameters: FloatArray) -> FloatArray:
     Raises:
         Reject: lengths or angles that span no cell.
     """
-    a, b, c, *angles = (float(value) for value in parameters)
-    if not (np.isfinite(parameters).all() and min(a, b, c) > 0.0):
+    a, b, c, *angles = parameters.tolist()
+    if not (all(map(math.isfinite, (a, b, c, *angles))) and min(a, b, c) > 0.0):
         raise _reject(f"cell lengths {a:g}, {b:g}, {c:g} Å; must be positive")
     cos_alpha, cos_beta, cos_gamma = (math.cos(math.radians(angle)) for angle in angles)
     sin_alpha, sin_beta = (math.sin(math.radians(angle)) for angle in angles[:2])
@@ -148,21 +147,27 @@ def _merged_sites(
     lattice: FloatArray, positions: FloatArray, occupancy: FloatArray, site: IntArray
 ) -> tuple[IntArray, FloatArray]:
     """Site of each row after coincident, partly occupied sites have become one, and totals."""
-    total: FloatArray = np.bincount(site, weights=occupancy).astype(np.float64)
-    assert len(total) == site[-1] + 1, "sites must count up from 0"
-    place = positions
-    if len(total) < len(site):
+    total, place = occupancy, positions
+    if site[-1] + 1 < len(site):
+        total = np.bincount(site, weights=occupancy).astype(np.float64)
         place = positions[np.searchsorted(site, np.arange(len(total)))]
+    assert len(total) == site[-1] + 1, "sites must count up from 0"
     first, second, distance = close_pairs(lattice, place, MIN_DISTANCE)
     if len(first) == 0:
         return site, total
-    root = np.arange(len(total))
-    for i, j, apart in zip(first.tolist(), second.tolist(), distance.tolist(), strict=True):
+    bad = distance > SAME_SITE
+    bad |= (first == second) | (total[first] + total[second] > 1.0 + _OCCUPANCY_SLACK)
+    if bad.any():
+        pair = int(bad.argmax())
+        i, j, apart = first[pair], second[pair], distance[pair]
+        who = f"sites {i} and {j} are {apart:.3f} Å apart"
         if i == j:
-            raise _reject(f"an atom is {apart:.3f} Å from its own image; must be ≥ {MIN_DISTANCE}")
-        if apart > SAME_SITE or total[i] + total[j] > 1.0 + _OCCUPANCY_SLACK:
-            raise _reject(f"sites {i} and {j} are {apart:.3f} Å apart; must be ≥ {MIN_DISTANCE}")
-        root[root == root[j]] = root[i]
+            who = f"an atom is {apart:.3f} Å from its own image"
+        raise _reject(f"{who}; must be ≥ {MIN_DISTANCE}")
+    root = np.arange(len(total))
+    for i, j in zip(first.tolist(), second.tolist(), strict=True):
+        if root[i] != root[j]:
+            root[root == root[j]] = root[i]
     merged = np.unique(root, return_inverse=True)[1][site]
     return merged, np.bincount(merged, weights=occupancy).astype(np.float64)
 

@@ -1,7 +1,9 @@
-"""Is a dataset what its manifest says? Checksums, counts, finiteness, and a recomputed sample."""
+"""Is a dataset what its manifest says? Checksums, an account of every record, finiteness, and a
+recomputed sample. Shards are shared out over the ranks."""
 
-import csv
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,73 +14,163 @@ import numpy as np
 from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import sha256_of
+from cluster.mpi import OneProcess, Ranks
+from featurization.account import unaccounted
 from featurization.config import FeaturizationConfig
 from featurization.crystal import Reject
-from featurization.featurize import featurize_one
-from featurization.shards import Entry, content_hash, read_manifest, read_shard
-from featurization.sources import Source
+from featurization.duplicates import Double, duplicates
+from featurization.finish import read_rejects
+from featurization.manifest import read_manifest
+from featurization.records import Source
+from featurization.shards import Entry, content_hash, read_shard
+from featurization.sources import open_source
+from featurization.worker import featurize_one
 
 
-def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, Any]:
-    """Check a dataset.
+@dataclass
+class _Found:
+    """What a rank found in its shards."""
+
+    problems: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+    structures: int = 0
+    points: int = 0
+    chosen: list[tuple[float, Entry]] = field(default_factory=list)
+
+
+def verify(
+    folder: Path,
+    specs: Sequence[str] = (),
+    sample: int = 16,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """Check a dataset; every rank of the job calls this.
 
     Args:
         folder: what `featurize` wrote.
-        source: where it came from; None skips the recomputation, and the answer says so.
+        specs: where each source is now, see `check_specs`; without them, or of one that is not
+            there, nothing is recomputed, and the answer says so.
         sample: crystals to compute again, chosen at random.
+        ranks: those of the job; alone if None.
 
     Returns:
-        `ok`, `structures`, `rejected`, `points`, `content_hash`, `recomputed`, `note`
-        and `problems`, a list of sentences that is empty when ok.
+        `ok`, `structures`, `rejected`, `points`, `content_hash`, `recomputed`, `note`, `damaged`,
+        files that a repair would make again, and `problems`, a list of sentences that is empty
+        when ok. On every rank the same.
 
     Raises:
         UserError: there is no manifest, or it is malformed.
     """
+    ranks, sample = ranks or OneProcess(), max(0, sample)
     manifest = read_manifest(folder)
     where = f"config in {folder / 'manifest.json'}"
     config = build_config(FeaturizationConfig, manifest["config"], where=where)
-    problems: list[str] = []
-    digests: list[int] = []
-    seen: dict[str, str] = {}  # id → shard
-    counts = {"structures": 0, "points": 0}
-    chosen: list[Entry] = []
+    mine = _check_shards(folder, manifest["shards"][ranks.rank :: ranks.size], sample)
+    gathered = ranks.gather(mine)
+    bad = ranks.broadcast([name for each in gathered for name in each.damaged] if gathered else [])
+    good = [row for row in manifest["shards"] if row["file"] not in bad]
+    doubles = duplicates(folder, good, ranks)
+    answer = None
+    if gathered is not None:
+        whole = _Found()
+        for each in gathered:
+            whole.problems += each.problems
+            whole.damaged += each.damaged
+            whole.digests += each.digests
+            whole.structures += each.structures
+            whole.points += each.points
+            whole.chosen = sorted(whole.chosen + each.chosen, key=lambda pair: pair[0])[:sample]
+        sources = [_opened(spec, config) for spec in specs]
+        answer = _conclude(folder, manifest, config, whole, doubles, sources)
+    answer = ranks.broadcast(answer)
+    assert answer is not None
+    return dict(answer)
+
+
+def check_specs(folder: Path, given: Sequence[str]) -> list[str]:
+    """Where the sources of a dataset are now.
+
+    Args:
+        given: one word a source in the order in which they were appended, or nothing: where
+            they were when the dataset was made.
+
+    Raises:
+        UserError: there is no manifest, or `given` are not as many, or are no sources.
+    """
+    manifest = read_manifest(folder)
+    if not given:
+        return [part["spec"] for part in manifest["sources"]]
+    if len(given) != len(manifest["sources"]):
+        raise UserError(
+            f"{len(given)} sources are given, {folder} was made of {len(manifest['sources'])}",
+            remedy="give --source once for each, in the order in which they were appended",
+        )
+    for spec in given:
+        open_source(spec)
+    return list(given)
+
+
+def _opened(spec: str, config: FeaturizationConfig) -> Source | None:
+    try:
+        return open_source(spec, id_prop_label=config.id_prop_label)
+    except UserError:
+        return None
+
+
+def _check_shards(folder: Path, rows: list[dict[str, Any]], sample: int) -> _Found:
+    found = _Found()
     choose = random.SystemRandom()
-    for row in manifest["shards"]:
-        damage = _check_bytes(folder, row["file"], row["sha256"])
-        if damage:
-            problems += damage
-            continue
-        try:
-            entries = read_shard(folder / row["file"])
-            own = [entry.digest() for entry in entries]
-            problems += [p for entry in entries for p in _check_entry(entry, row["file"])]
-        except Exception as error:  # an unexpected type or shape fails wherever it is met
-            problems.append(f"{row['file']} cannot be read: {type(error).__name__}: {error}")
-            continue
-        size = len(entries), sum(len(entry.cloud.hkl) for entry in entries)
-        if size != (row["structures"], row["points"]):
-            problems.append(
-                f"{row['file']} has {size[0]} structures, {size[1]} points: not as listed"
-            )
-        for entry in entries:
-            if entry.id in seen:
-                problems.append(f"id {entry.id} is in {seen[entry.id]} and in {row['file']}")
-            seen[entry.id] = row["file"]
-            if len(chosen) < sample:  # reservoir sampling: each crystal is as likely as the next
-                chosen.append(entry)
-            elif (place := choose.randrange(counts["structures"] + 1)) < sample:
-                chosen[place] = entry
-            counts["structures"] += 1
-            counts["points"] += len(entry.cloud.hkl)
-        if content_hash(own) != row["content_hash"]:
-            problems.append(f"{row['file']} has other content than the manifest says")
-        digests += own
-    for key, count in counts.items():
+    for row in rows:
+        problems = _check_bytes(folder, row["file"], row["sha256"])
+        entries: list[Entry] = []
+        if not problems:
+            try:
+                entries = read_shard(folder / row["file"])
+                digests = [entry.digest() for entry in entries]
+                problems += [p for entry in entries for p in _check_entry(entry, row["file"])]
+            except Exception as error:  # an unexpected type or shape fails wherever it is met
+                problems.append(f"{row['file']} cannot be read: {type(error).__name__}: {error}")
+            else:
+                size = len(entries), sum(len(entry.cloud.hkl) for entry in entries)
+                if size != (row["structures"], row["points"]):
+                    problems.append(
+                        f"{row['file']} has {size[0]} structures, {size[1]} points: not as listed"
+                    )
+                if sorted({label for entry in entries for label in entry.labels}) != row["labels"]:
+                    problems.append(f"{row['file']} has other labels than the manifest says")
+                if content_hash(digests) != row["content_hash"]:
+                    problems.append(f"{row['file']} has other content than the manifest says")
+                found.digests.append(sum(digests))
+                found.structures += size[0]
+                found.points += size[1]
+        # Those with the smallest of random keys: each crystal is as likely as the next, on
+        # whichever rank it is met.
+        keyed = [(choose.random(), entry) for entry in entries]
+        found.chosen = sorted(found.chosen + keyed, key=lambda pair: pair[0])[:sample]
+        found.problems += problems
+        found.damaged += [row["file"]] if problems else []
+    return found
+
+
+def _conclude(
+    folder: Path,
+    manifest: dict[str, Any],
+    config: FeaturizationConfig,
+    found: _Found,
+    doubles: Sequence[Double],
+    sources: Sequence[Source | None],
+) -> dict[str, Any]:
+    problems, damaged = found.problems, found.damaged
+    for key, count in (("structures", found.structures), ("points", found.points)):
         if count != manifest[key]:
             problems.append(f"{count} {key} found, the manifest says {manifest[key]}")
-    total = content_hash(digests)
+    total = content_hash(found.digests)
     if total != manifest["content_hash"]:
         problems.append("the content hash of the dataset is not the manifest's")
+    for double in doubles:
+        problems.append(f"id {double.id} is in {double.file} and in an earlier shard or row")
+        damaged.append(double.file)
     listed = {row["file"] for row in manifest["shards"]}
     for path in sorted((folder / "shards").glob("*.h5")):
         if f"shards/{path.name}" not in listed:
@@ -86,21 +178,26 @@ def verify(folder: Path, source: Source | None, sample: int = 16) -> dict[str, A
     checksums = manifest.get("checksums")
     checksums = checksums if isinstance(checksums, dict) else {}
     for name, check in (("rejects.csv", _check_rejects), ("dataset.h5", _check_virtual)):
-        damage = _check_bytes(folder, name, checksums.get(name))
-        problems += damage or check(folder / name, manifest)
+        wrong = _check_bytes(folder, name, checksums.get(name)) or check(folder / name, manifest)
+        problems += wrong
+        damaged += [name] if wrong else []
+    if "rejects.csv" not in damaged:
+        missing = unaccounted(folder, manifest)
+        problems += [sentence for _, _, sentence in missing]
+        damaged += [file for _, file, _ in missing if file]
     recomputed = 0
-    if source is not None:
-        for problem in _recompute(source, chosen, config):
-            recomputed += 1
-            problems += [problem] if problem else []
+    for problem in _recompute(sources, manifest, [entry for _, entry in found.chosen], config):
+        recomputed += 1
+        problems += [problem] if problem else []
     return {
         "ok": not problems,
-        "structures": counts["structures"],
+        "structures": found.structures,
         "rejected": manifest["rejected"],
-        "points": counts["points"],
+        "points": found.points,
         "content_hash": total,
         "recomputed": recomputed,
-        "note": "" if source is not None else "nothing was recomputed: the source was not found",
+        "note": "" if recomputed or not found.chosen else "nothing was recomputed: no source found",
+        "damaged": sorted(set(damaged)),
         "problems": problems,
     }
 
@@ -119,9 +216,10 @@ def _check_entry(entry: Entry, file: str) -> list[str]:
     problems = []
     if not len(cloud.hkl):
         problems.append(f"{file}: {entry.id} has no points")
-    if not (np.isfinite(cloud.q).all() and np.isfinite(cloud.intensity).all()):
+    intensities = np.vstack([cloud.intensity, cloud.also])
+    if not (np.isfinite(cloud.q).all() and np.isfinite(intensities).all()):
         problems.append(f"{file}: {entry.id} has a point that is not finite")
-    elif (cloud.intensity < 0).any():
+    elif (intensities < 0).any():
         problems.append(f"{file}: {entry.id} has a negative intensity")
     try:
         q = cloud.hkl @ np.linalg.inv(entry.lattice).T
@@ -135,16 +233,15 @@ def _check_entry(entry: Entry, file: str) -> list[str]:
 def _check_rejects(path: Path, manifest: dict[str, Any]) -> list[str]:
     expected = manifest["rejected"]
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = sum(1 for _ in csv.DictReader(stream))
-    except (UnicodeDecodeError, csv.Error) as error:
+        rows = sum(1 for _ in read_rejects(path))
+    except ValueError as error:  # bad UTF-8, csv.Error's cause
         return [f"rejects.csv cannot be read: {error}"]
     return [] if rows == expected else [f"rejects.csv has {rows} rows, the manifest {expected}"]
 
 
 def _check_virtual(path: Path, manifest: dict[str, Any]) -> list[str]:
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             found = len(file["id"]), len(file["hkl"]), int(file["offsets"][-1])
     except Exception as error:  # as in a shard
         return [f"dataset.h5 cannot be read: {type(error).__name__}: {error}"]
@@ -153,31 +250,40 @@ def _check_virtual(path: Path, manifest: dict[str, Any]) -> list[str]:
     return []
 
 
-def _recompute(source: Source, chosen: list[Entry], config: FeaturizationConfig) -> list[str]:
-    """For each chosen crystal an empty string, or how its new cloud differs."""
-    if not chosen:
-        return []
-    by_index = {entry.source_index: entry for entry in chosen}
-    answers = []
-    for record in islice(source.records(), max(by_index) + 1):
-        entry = by_index.pop(record.index, None)
-        if entry is None:
-            continue
-        try:
-            again = featurize_one(source, record, config)
-        except (Reject, UserError) as error:
-            answers.append(f"{entry.id} cannot be computed again: {error}")
-            continue
-        same = (
-            again.id == entry.id
-            and np.array_equal(again.cloud.hkl, entry.cloud.hkl)
-            and np.allclose(again.cloud.q, entry.cloud.q, rtol=1e-6, atol=1e-9)
-            and np.allclose(again.cloud.intensity, entry.cloud.intensity, rtol=1e-4, atol=1e-12)
-            and (again.group, again.formula) == (entry.group, entry.formula)
-            and np.allclose(again.lattice, entry.lattice, rtol=1e-6, atol=1e-9)
-            and again.symmetry == entry.symmetry
-            and dict(again.labels) == dict(entry.labels)
-        )
-        answers.append("" if same else f"{entry.id} differs from what its source gives")
-    answers += [f"{entry.id} is not in the source any more" for entry in by_index.values()]
+def _recompute(
+    sources: Sequence[Source | None],
+    manifest: dict[str, Any],
+    chosen: list[Entry],
+    config: FeaturizationConfig,
+) -> list[str]:
+    """For each chosen crystal of a source that is there, "" or how its new cloud differs."""
+    answers, first = [], 0
+    for source, part in zip(sources, manifest["sources"], strict=False):
+        beyond = first + part["records"]
+        own = {e.source_index - first: e for e in chosen if first <= e.source_index < beyond}
+        if source is not None and own:
+            for record in islice(source.records(), max(own) + 1):
+                if entry := own.pop(record.index, None):
+                    answers.append(_compare(source, record, entry, config))
+            answers += [f"{entry.id} is not in the source any more" for entry in own.values()]
+        first = beyond
     return answers
+
+
+def _compare(source: Source, record: Any, entry: Entry, config: FeaturizationConfig) -> str:
+    try:
+        again = featurize_one(source, record, config)
+    except (Reject, UserError) as error:
+        return f"{entry.id} cannot be computed again: {error}"
+    same = (
+        again.id == entry.id
+        and np.array_equal(again.cloud.hkl, entry.cloud.hkl)
+        and np.allclose(again.cloud.q, entry.cloud.q, rtol=1e-6, atol=1e-9)
+        and np.allclose(again.cloud.intensity, entry.cloud.intensity, rtol=1e-4, atol=1e-12)
+        and np.allclose(again.cloud.also, entry.cloud.also, rtol=1e-4, atol=1e-12)
+        and (again.group, again.formula) == (entry.group, entry.formula)
+        and np.allclose(again.lattice, entry.lattice, rtol=1e-6, atol=1e-9)
+        and again.symmetry == entry.symmetry
+        and dict(again.labels) == dict(entry.labels)
+    )
+    return "" if same else f"{entry.id} differs from what its source gives"

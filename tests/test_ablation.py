@@ -20,7 +20,7 @@ from ablation import perturbations
 from ablation.grid import GridConfig, read_grid, trials
 from ablation.run import _FREE, _results, _Trainer, run_grid, run_trial
 from cluster.errors import UserError
-from featurization.shards import read_manifest
+from featurization.manifest import read_manifest
 from training.metrics import METRICS
 from training.split import Parts
 
@@ -115,6 +115,7 @@ CHANGES = {
     "weight_decay": 0.0,
     "validation_fraction": 0.3,
     "test_fraction": 0.3,
+    "radiation": "neutron",
     "resamples": 200,
     "workers": 2,
     "checkpoint_steps": 7,
@@ -142,7 +143,7 @@ def test_ids_are_those_of_earlier_results():
     grid = GridConfig(dataset="x", arms=("none",), seeds=(0,), training=tiny(threshold=None))
     decides = tiny().deciding()
     assert set(decides) == {
-        "task", "threshold", "model", "width", "epochs", "batch_size", "learning_rate",
+        "task", "threshold", "radiation", "model", "width", "epochs", "batch_size", "learning_rate",
         "warmup_fraction", "weight_decay", "seed", "validation_fraction", "test_fraction",
         "resamples",
     }  # fmt: skip
@@ -191,7 +192,7 @@ def test_a_broken_arm_is_a_result_with_a_traceback(dataset, tmp_path, monkeypatc
 
     monkeypatch.setitem(perturbations.ARMS, "basis_only", broken)
     threads = __import__("torch").get_num_threads()
-    row = _Trainer(str(dataset), threads).run(one_trial(), str(tmp_path))
+    row = _Trainer(str(dataset), None, threads).run(one_trial(), str(tmp_path))
     assert row["status"] == "failed"
     assert "Traceback" in row["error"]
     assert "arm is broken" in row["error"]
@@ -217,7 +218,7 @@ def finished_by_hand(grid, out):
     out.mkdir()
     planned = trials(grid, read_manifest(Path(grid.dataset))["content_hash"])
     lines = []
-    trainer = _Trainer(grid.dataset, 1)
+    trainer = _Trainer(grid.dataset, None, 1)
     for trial in planned:
         row = trainer.run(trial, str(out / "trials" / trial.id))
         who = {"task": "crystal_system", "model": "pointnet", "arm": trial.arm, "mode": "retrain"}

@@ -345,6 +345,34 @@ def test_a_conventional_cell_of_another_volume_is_rejected(monkeypatch: pytest.M
         standardize(crystal, "conventional", 0.01)
 
 
+def test_a_conventional_cell_that_is_no_centering_is_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crystal = rock_salt()
+    true = forged(crystal).std_cell
+    moved, doubled = np.array(true.positions), np.array(true.positions)
+    moved[1] += [0.002, 0.0, 0.0]
+    doubled[1] = doubled[0]
+    shear = [[1.0, 0.001, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    forgeries = [
+        {"positions": moved},
+        {"positions": doubled},
+        {"numbers": true.numbers[::-1]},
+        {"basis": np.array(true.basis) @ shear},
+    ]
+    for change in [{}, *forgeries]:
+        fields = {"basis": true.basis, "positions": true.positions, "numbers": true.numbers}
+        arrays = [np.array(values).tolist() for values in (fields | change).values()]
+        lie = forged(crystal, std_cell=moyopy.Cell(*arrays))
+        monkeypatch.setattr(cells.moyopy, "MoyoDataset", lambda *_, lie=lie, **__: lie)
+        assert sites(standardize(crystal, "primitive", 0.01)[0]) == 2
+        if change:
+            with pytest.raises(Reject, match="with a centering"):
+                standardize(crystal, "conventional", 0.01)
+        else:
+            assert sites(standardize(crystal, "conventional", 0.01)[0]) == 8
+
+
 def test_a_sheared_lattice_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     crystal = perovskite()
     sheared = np.array(forged(crystal).prim_std_cell.basis) @ [[1, 0.02, 0], [0, 1, 0], [0, 0, 1]]

@@ -11,9 +11,10 @@ from small import TINY
 from test_ablation import grid_file
 
 import xtal
+from cluster.errors import UserError
 from training import train as training_run
 
-VERBS = ("featurize", "verify", "train", "evaluate", "ablate", "report", "demo")
+VERBS = ("featurize", "inspect", "verify", "train", "evaluate", "ablate", "report", "demo")
 
 
 @pytest.fixture
@@ -105,6 +106,8 @@ def test_without_arguments_the_help_is_shown(call):
         (["evaluate", "nowhere"], "nowhere is no training run"),
         (["ablate", "nowhere.toml", "out"], "nowhere.toml: no such file"),
         (["verify", "nowhere"], "nowhere is no finished dataset"),
+        (["inspect", "nowhere"], "nowhere is no finished dataset"),
+        (["inspect", "nowhere", "mp-1"], "nowhere is no finished dataset"),
         (["train", "x", "run", "--config", "absent.toml"], "absent.toml: no such file"),
         (["train", "x", "run", "--task", "colour"], "task = 'colour'"),
         (["train", "x", "run", "--epochs", "0"], "epochs = 0"),
@@ -206,6 +209,91 @@ def test_flags_go_before_the_file(call, dataset, tmp_path):
     assert code == 0, err
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
     assert (recorded["epochs"], recorded["seed"], recorded["width"]) == (1, 9, 16)
+
+
+# Verb → its words before --config, a key, its value in the file, the function that gets it.
+WITH_OPTIONS = {
+    "verify": (["DATASET"], "sample", 3, "featurization.verify.verify"),
+    "inspect": (
+        ["DATASET", "aflow-000000"],
+        "top",
+        4,
+        "featurization.inspection_tables.show_crystal",
+    ),
+    "evaluate": (["run"], "dataset", "there", "training.evaluate.evaluate_run"),
+    "report": (["grid"], "dataset", "there", "ablation.report.write_report"),
+    "demo": (["out"], "task", "band_gap", "ablation.demo.run_demo"),
+}
+
+
+@pytest.mark.parametrize("verb", WITH_OPTIONS)
+def test_options_come_from_a_file_and_flags_go_before_it(
+    call, dataset, tmp_path, monkeypatch, verb
+):
+    words, key, value, target = WITH_OPTIONS[verb]
+    words = [str(dataset) if word == "DATASET" else word for word in words]
+    seen = []
+
+    def record(*arguments, **keywords):
+        seen.extend(map(str, [*arguments, *keywords.values()]))
+        raise UserError("seen", remedy="none")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(target, record)
+    (tmp_path / "options.toml").write_text(f"{key} = {json.dumps(value)}\n")
+    flag = [f"--{key}", "9" if isinstance(value, int) else "elsewhere"]
+    for order, expected in (
+        (["--config", "options.toml"], str(value)),
+        (["--config", "options.toml", *flag], flag[1]),
+        ([*flag, "--config", "options.toml"], flag[1]),
+    ):
+        seen.clear()
+        code, _, err = call(verb, *words, *order)
+        assert code == 2
+        assert "error: seen" in err
+        assert expected in seen
+        assert ({str(value), flag[1]} - {expected}).isdisjoint(seen)
+
+
+@pytest.mark.parametrize("verb", WITH_OPTIONS)
+def test_a_wrong_file_of_options_is_explained(call, tmp_path, monkeypatch, verb):
+    words, key, value, _ = WITH_OPTIONS[verb]
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "options.toml"
+    wrong = str(value) if isinstance(value, int) else 3
+    kind = type(value).__name__
+    for text, problem in (
+        (f"{key} = {json.dumps(wrong)}", f"{key} = {wrong!r}: must be {kind}"),
+        (f"{key} = true", f"{key} = True: must be {kind}"),
+        (f"{key} = [1]", f"{key} = [1]: must be {kind}"),
+        ("colour = 1", "colour: unknown key"),
+        ("config = 'a'", "config: unknown key"),
+        ("as_json = true", "as_json: unknown key"),
+        ("= 1", "options.toml is not TOML"),
+        (None, "options.toml: no such file"),
+    ):
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text)
+        code, out, err = call(verb, *words, "--config", "options.toml")
+        assert (code, out) == (2, "")
+        assert err.startswith("error: options.toml")
+        assert problem in err
+        assert "remedy: " in err
+        if "options.toml: " in err and text is not None:
+            assert "valid keys are " in err
+            assert key in err.partition("valid keys are ")[2]
+    path.unlink(missing_ok=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flag_without_value_comes_from_a_file_too(call, dataset, tmp_path):
+    (tmp_path / "options.toml").write_text("json = true\nsample = 0\n")
+    code, out, _ = call("verify", dataset, "--config", tmp_path / "options.toml")
+    assert code == 0
+    assert json.loads(out)["ok"] is True
+    (tmp_path / "options.toml").write_text("sample = -1\n")
+    assert call("verify", dataset, "--config", tmp_path / "options.toml")[0] == 2
 
 
 def test_dry_run_lists_the_trials_and_writes_nothing(call, dataset, tmp_path):

@@ -13,7 +13,7 @@ from tiny import ROOT, command
 from cluster.config import build_config, read_toml
 from cluster.errors import UserError
 from featurization.config import FeaturizationConfig
-from featurization.shards import read_manifest
+from featurization.manifest import read_manifest
 
 
 def build(**values: Any) -> FeaturizationConfig:
@@ -146,8 +146,9 @@ def test_every_setting_is_read_somewhere() -> None:
     for path in (ROOT / "featurization").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                owner = node.value.id if isinstance(node.value, ast.Name) else ""
-                if owner == "config" or (path.name == "config.py" and owner == "self"):
+                owner = ast.unparse(node.value)
+                is_own = path.name == "config.py" and owner == "self"
+                if owner in ("config", "self.config") or is_own:
                     read.add(node.attr)
     unused = set(FeaturizationConfig.model_fields) - read
     assert unused == set()

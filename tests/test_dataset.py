@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import random_set, tiny
+from tiny import SMALL, run
 
 from cluster.errors import UserError
 from cluster.mpi import OneProcess
@@ -177,8 +178,21 @@ def test_loading_gives_what_the_shards_hold(clouds, dataset):
         assert (clouds.crystal_P[points] == i).all()
 
 
+def test_one_of_several_radiations(tmp_path):
+    both = SMALL.model_copy(update={"also_radiation": ("neutron",)})
+    run("prototypes:20", tmp_path / "both", both)
+    alone = SMALL.model_copy(update={"radiation": "neutron"})
+    run("prototypes:20", tmp_path / "alone", alone)
+    neutron = load(tmp_path / "both", "neutron")
+    assert_equal(neutron, load(tmp_path / "alone"))
+    assert_equal(load(tmp_path / "both"), load(tmp_path / "both", "xray"))
+    assert not torch.equal(neutron.intensity_P, load(tmp_path / "both").intensity_P)
+    with pytest.raises(UserError, match="no intensities of radiation electron"):
+        load(tmp_path / "both", "electron")
+
+
 def test_a_label_that_one_shard_does_not_know_is_nan_there(dataset, tmp_path):
-    entries = read_shard(dataset / "shards" / "shard-00000-00000.h5")[:6]
+    entries = read_shard(dataset / "shards" / "shard-000-0001-00000-00000.h5")[:6]
     config = FeaturizationConfig(selection="miller:2")
     with_label = [replace(e, labels={"band_gap": float(i)}) for i, e in enumerate(entries[:3])]
     rows = [
@@ -187,7 +201,9 @@ def test_a_label_that_one_shard_does_not_know_is_nan_there(dataset, tmp_path):
     ]
     with h5py.File(tmp_path / "shards" / "a.h5") as file:
         assert "band_gap" not in file["labels"]
-    manifest = json.loads((dataset / "manifest.json").read_text()) | {"shards": rows}
+    place = {"part": 0, "records": [], "present": 0}
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    manifest["shards"] = [row | place for row in rows]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     data = load(tmp_path)
     known = {str(id_): v for id_, v in zip(data.ids, data.labels["band_gap"], strict=True)}

@@ -17,12 +17,14 @@ from tiny import SMALL, broken, command, contents, document, process, run, write
 
 from cluster.errors import UserError
 from cluster.mpi import OneProcess
-from featurization import featurize as driver
+from featurization import finish, worker
 from featurization.config import CellName, FeaturizationConfig, RadiationName
 from featurization.crystal import Reject
-from featurization.featurize import featurize, featurize_one
-from featurization.shards import read_manifest, read_shard
+from featurization.featurize import featurize
+from featurization.manifest import read_manifest
+from featurization.shards import read_shard
 from featurization.sources import open_source
+from featurization.worker import Progress, featurize_one
 
 
 def rejects(out: Path) -> list[dict[str, str]]:
@@ -62,8 +64,8 @@ def test_manifest_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source = write_lines(tmp_path / "s.jsonl", [document("a")])
     manifest = run(source, tmp_path / "out")
     assert FeaturizationConfig(**manifest["config"]) == SMALL
-    assert manifest["source_spec"] == str(source)
-    assert manifest["source"]["path"] == "s.jsonl"
+    assert manifest["sources"][0]["spec"] == str(source)
+    assert manifest["sources"][0]["path"] == "s.jsonl"
     assert set(manifest["provenance"]) == {"commit", "versions", "hardware", "created"}
     assert manifest["provenance"]["versions"]["numpy"] == np.__version__
     assert "not to be told" not in json.dumps(manifest)
@@ -167,15 +169,15 @@ def test_foreign_manifest_and_file_in_place_of_the_folder(tmp_path: Path) -> Non
             run(source, out)
 
 
-def test_unfinished_folder_is_done_again(tmp_path: Path) -> None:
+def test_folder_without_manifest_and_journal_is_done_again(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "s.jsonl", [document(f"m{i}", 4 + i / 10) for i in range(5)])
     config = SMALL.model_copy(update={"shard_structures": 2})
     first = run(source, tmp_path / "out", config)
     out = tmp_path / "out"
     (out / "manifest.json").unlink()
-    (out / "shards" / "shard-00000-00000.h5").write_bytes(b"half")
-    (out / "shards" / ".shard-00000-00001.h5.123.tmp").write_bytes(b"half")
-    (out / "shards" / "shard-00007-00000.h5").write_bytes(b"of a rank that is no more")
+    (out / "shards" / "shard-000-0001-00000-00000.h5").write_bytes(b"half")
+    (out / "shards" / ".shard-000-0001-00000-00001.h5.123.tmp").write_bytes(b"half")
+    (out / "shards" / "shard-000-0001-00007-00000.h5").write_bytes(b"of a rank that is no more")
     (out / ".dataset.h5.123.tmp").write_bytes(b"half")
     again = run(source, out, config)
     for volatile in (first, again):
@@ -189,9 +191,14 @@ def test_crash_on_the_way_leaves_no_manifest(
 ) -> None:
     source = write_lines(tmp_path / "s.jsonl", [document(f"m{i}", 4 + i / 10) for i in range(4)])
     config = SMALL.model_copy(update={"shard_structures": 1})
-    for broken_step in ("write_shard", "write_virtual", "_drop_duplicates", "provenance"):
+    for module, broken_step in (
+        (worker, "write_shard"),
+        (finish, "_drop_duplicates"),
+        (finish, "write_virtual"),
+        (finish, "provenance"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(driver, broken_step, lambda *_: 1 / 0)
+            patch.setattr(module, broken_step, lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 run(source, tmp_path / "out", config)
         assert not (tmp_path / "out" / "manifest.json").exists()
@@ -299,7 +306,7 @@ def test_unforeseen_failure_of_one_crystal_is_a_reject(
         def fail(*_: Any, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(driver, "diffraction_cloud", fail)
+        monkeypatch.setattr(worker, "diffraction_cloud", fail)
         with pytest.raises(Reject) as caught:
             featurize_one(source, records[0], SMALL)
         assert caught.value.stage == "internal"
@@ -308,9 +315,9 @@ def test_unforeseen_failure_of_one_crystal_is_a_reject(
 
 def test_progress_counts_all_records(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "s.jsonl", [document("a"), broken("b"), document("c", 5)])
-    seen: list[int] = []
+    seen: list[Progress] = []
     featurize(str(source), tmp_path / "out", SMALL, OneProcess(), progress=seen.append)
-    assert seen == [1, 2, 3]
+    assert [(at.done, at.total, at.rejected) for at in seen] == [(0, 3, 0), (3, 3, 1)]
 
 
 def test_prototypes_are_a_word_even_beside_such_a_folder(
@@ -318,9 +325,9 @@ def test_prototypes_are_a_word_even_beside_such_a_folder(
 ) -> None:
     (tmp_path / "prototypes:2").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert run("prototypes:2", tmp_path / "out")["source_spec"] == "prototypes:2"
+    assert run("prototypes:2", tmp_path / "out")["sources"][0]["spec"] == "prototypes:2"
     write_lines(tmp_path / "s.jsonl", [document("a")])
-    assert run("s.jsonl", tmp_path / "o")["source_spec"] == str(tmp_path / "s.jsonl")
+    assert run("s.jsonl", tmp_path / "o")["sources"][0]["spec"] == str(tmp_path / "s.jsonl")
 
 
 def test_names_that_are_no_text_or_look_like_markup(
@@ -339,14 +346,16 @@ def test_full_disk(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "s.jsonl", [document(f"m{i}", 4 + i / 99) for i in range(90)])
     script = (
         "import resource, sys, xtal; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000));"
-        f"sys.argv = ['xtal', 'featurize', {str(source)!r}, {str(tmp_path / 'out')!r}]; xtal.main()"
+        f"sys.argv = ['xtal', 'featurize', {str(source)!r}, {str(tmp_path / 'out')!r}, "
+        "'--selection', 'miller:2']; xtal.main()"
     )
     done = process([sys.executable, "-c", script])
     assert done.returncode == 1, done.stderr
     assert "failed:" in done.stderr
     assert "large" in done.stderr  # EFBIG, as ENOSPC would be
     assert "Traceback" not in done.stderr
-    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert not list((tmp_path / "out").rglob("*.h5"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
     assert run(source, tmp_path / "out")["structures"] == 90
 
 

@@ -19,16 +19,24 @@ from hypothesis import strategies as st
 from tiny import SMALL, broken, document, process, run, write_lines
 
 from cluster.errors import UserError
-from cluster.mpi import OneProcess, Ranks, agree, ranks
-from featurization import featurize as driver
+from cluster.mpi import Board, LocalBoard, OneProcess, Ranks, agree, ranks
+from featurization import finish, resume
 from featurization.featurize import featurize
-from featurization.sources import open_source
 from featurization.verify import verify
 
 BESIDE_PYTHON = Path(sys.executable).with_name("mpiexec")
 MPIEXEC = str(BESIDE_PYTHON) if BESIDE_PYTHON.exists() else shutil.which("mpiexec")
 needs_mpi = pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec")
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+class _Own:
+    """A rank's hold on the board of all."""
+
+    def __init__(self, board: LocalBoard, rank: int) -> None:
+        self.claim, self.stop, self.rows = board.claim, board.stop, board.rows
+        self.attend, self.close = board.attend, board.close
+        self.post = lambda row: board.post(row, rank)
 
 
 class Threads:
@@ -58,6 +66,12 @@ class Threads:
     def broadcast(self, value: Any) -> Any:
         return self._all(value)[0]
 
+    def board(self, width: int) -> Board:
+        if self.rank == 0:
+            self._board = LocalBoard(self.size, width)
+        self._meet.wait()
+        return _Own(self._board, self.rank)
+
     def abort(self) -> None:
         self._meet.abort()
 
@@ -86,8 +100,13 @@ class Threads:
 def core(folder: Path) -> dict[str, Any]:
     """What must not depend on the number of ranks."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    keys = ("structures", "rejected", "reject_stages", "points", "content_hash", "config", "source")
-    return {key: manifest[key] for key in keys} | {"csv": (folder / "rejects.csv").read_text()}
+    keys = ("structures", "rejected", "reject_stages", "points", "content_hash", "config")
+    parts = [
+        {key: value for key, value in source.items() if key not in ("block", "without_shard")}
+        for source in manifest["sources"]
+    ]
+    csv = (folder / "rejects.csv").read_text()
+    return {key: manifest[key] for key in keys} | {"sources": parts, "csv": csv}
 
 
 def mixed_lines(count: int) -> list[Any]:
@@ -119,7 +138,7 @@ def test_any_number_of_ranks_gives_the_same(
     source = str(write_lines(folder / "s.jsonl", lines))
     config = SMALL.model_copy(update={"shard_structures": shard})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_BLOCK", block)
+        patch.setattr(resume, "BLOCK", block)
         many = Threads(size).run(lambda each: featurize(source, folder / "many", config, each))
     if not any(ids):
         assert all(isinstance(each, UserError) for each in many)
@@ -129,7 +148,7 @@ def test_any_number_of_ranks_gives_the_same(
         run(source, folder / "one", config)
         assert core(folder / "many") == core(folder / "one")
         assert all(each == many[0] for each in many)
-        assert verify(folder / "many", open_source(source), sample=99)["problems"] == []
+        assert verify(folder / "many", [source], sample=99)["problems"] == []
     shutil.rmtree(folder)
 
 
@@ -137,10 +156,10 @@ def test_that_test_finds_a_driver_that_forgets_duplicates_of_other_ranks(tmp_pat
     source = str(write_lines(tmp_path / "s.jsonl", [document("a", 4), document("a", 5)]))
     run(source, tmp_path / "one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_BLOCK", 1)
-        patch.setattr(driver, "_drop_duplicates", lambda *_: [])
+        patch.setattr(resume, "BLOCK", 1)
+        patch.setattr(finish, "_drop_duplicates", lambda *_: None)
         Threads(2).run(lambda each: featurize(source, tmp_path / "two", SMALL, each))
-    assert core(tmp_path / "two") != core(tmp_path / "one")
+    assert core(tmp_path / "two")["structures"] == 2 > core(tmp_path / "one")["structures"]
 
 
 @given(failing=st.sets(st.integers(0, 3)), size=st.integers(1, 4))
@@ -212,9 +231,8 @@ def test_mpiexec_gives_what_one_process_gives(tmp_path: Path, size: int) -> None
     run(source, tmp_path / "one")
     assert core(tmp_path / "many") == core(tmp_path / "one")
     assert core(tmp_path / "one")["rejected"] > 20
-    # Each of the 5 blocks of 32 records went to the next rank.
-    files = {path.name[:11] for path in (tmp_path / "many" / "shards").iterdir()}
-    assert files == {f"shard-{rank:05d}" for rank in range(size)}
+    logs = sorted(path.name for path in (tmp_path / "many" / "logs").iterdir())
+    assert logs == [f"rank-{rank:05d}.log" for rank in range(size)]
 
 
 @needs_mpi
@@ -250,7 +268,7 @@ FAILING = """
 import os, signal, sys
 import xtal
 from cluster.mpi import ranks
-from featurization import featurize as driver
+from featurization import worker
 
 class Panic(BaseException):
     "Like a Rust panic: no Exception."
@@ -261,7 +279,7 @@ def fail(*_):
     raise Panic("the reason")
 
 if ranks().rank == 1:
-    driver.write_shard = fail
+    worker.write_shard = fail
 xtal.main()
 """
 

@@ -1,12 +1,23 @@
 """Scattering of single atoms: published values and the Mott–Bethe relation between two tables."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import gemmi
+import h5py
 import numpy as np
 import pytest
-from crystals import gemmi_scattering
+from crystals import gemmi_scattering, perovskite, random_crystal
 
+from cluster.config import build_config
+from cluster.errors import UserError
+from featurization.cells import symmetry_of
+from featurization.cloud import diffraction_cloud
+from featurization.config import FeaturizationConfig
 from featurization.crystal import Reject
 from featurization.radiation import UNITS, form_factors
+from featurization.shards import Entry, read_shard, write_shard
+from featurization.virtual import write_virtual
 
 ELEMENTS = [gemmi.Element(z).name for z in range(1, 99)]
 
@@ -103,3 +114,60 @@ def test_what_no_table_knows_is_rejected(name: str, radiation: str) -> None:
 def test_an_element_without_neutron_data_is_rejected() -> None:
     with pytest.raises(Reject, match="no neutron scattering length for Po"):
         form_factors(["Po"], np.zeros(1), "neutron")
+
+
+@pytest.mark.parametrize("also", [["xray"], ["neutron", "electron", "neutron"]])
+def test_a_radiation_given_twice_is_an_error(also: list[str]) -> None:
+    with pytest.raises(UserError, match=f"also_radiation: {also[0]} given twice") as caught:
+        build_config(FeaturizationConfig, {"also_radiation": also}, where="flags")
+    assert "also_radiation lists others, each once" in caught.value.problem
+    one = build_config(FeaturizationConfig, {"also_radiation": ["neutron"]}, where="flags")
+    assert one.also_radiation == ("neutron",)
+
+
+def test_all_radiations_reach_the_shard_and_the_virtual_file(tmp_path: Path) -> None:
+    config = FeaturizationConfig(
+        selection="miller:2", radiation="electron", also_radiation=("xray", "neutron")
+    )
+    entries = [
+        Entry(
+            id=str(number),
+            group="",
+            formula="",
+            source_index=number,
+            cloud=diffraction_cloud(crystal, config),
+            lattice=crystal.lattice,
+            symmetry=symmetry_of(1),
+            labels={},
+        )
+        for number, crystal in enumerate((perovskite(), random_crystal(3)))
+    ]
+    rows = [write_shard(tmp_path / "shards" / f"{e.id}.h5", [e], config) for e in entries]
+    write_virtual(tmp_path, rows, config)
+    with h5py.File(tmp_path / "dataset.h5") as file:
+        for row, name in enumerate(("xray", "neutron")):
+            column = file[f"intensity_{name}"]
+            assert column.dtype == np.float32
+            assert column.attrs["units"] == f"({UNITS[name]}/Å³)²"
+            stored = np.concatenate([e.cloud.also[row] for e in entries])
+            np.testing.assert_array_equal(column[:], stored)
+        assert file["intensity"].attrs["units"] == "(Å/Å³)²"
+        assert "intensity_electron" not in file
+    for row, entry in zip(rows, entries, strict=True):
+        (read,) = read_shard(tmp_path / row["file"])
+        np.testing.assert_array_equal(read.cloud.also, entry.cloud.also)
+        assert read.digest() == entry.digest() == int(row["content_hash"], 16)
+        louder = replace(entry.cloud, also=entry.cloud.also * np.float32(1.001))
+        assert replace(entry, cloud=louder).digest() != entry.digest()
+
+
+def test_a_shard_of_one_radiation_has_one_column(tmp_path: Path) -> None:
+    config = FeaturizationConfig(selection="miller:1")
+    cloud = diffraction_cloud(perovskite(), config)
+    entry = Entry("a", "", "", 0, cloud, perovskite().lattice, symmetry_of(221), {})
+    write_shard(tmp_path / "a.h5", [entry], config)
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert [name for name in file if name.startswith("intensity")] == ["intensity"]
+    (read,) = read_shard(tmp_path / "a.h5")
+    assert read.cloud.also.shape == (0, 14)
+    assert read.digest() == entry.digest()

@@ -148,7 +148,9 @@ def make_ablation(
     schema = pa.schema(list(zip(names, kinds, strict=True)))
     pq.write_table(pa.Table.from_pylist(effects, schema), folder / "effects.parquet")
     counts = {str(name): 100 + i for i, name in enumerate(classes)}
-    summary = {"source": {"kind": "json lines", "path": "mp_elastic.jsonl.gz", "sha256": "ab" * 32}}
+    summary = {
+        "sources": [{"kind": "json lines", "path": "mp_elastic.jsonl.gz", "sha256": "ab" * 32}]
+    }
     summary |= {"structures": 7851, "rejected": 18, "points": 4_512_733, "content_hash": "cd" * 32}
     summary |= {"config": {"radiation": "xray", "cell": "primitive", "selection": "sphere:1.2"}}
     document = {

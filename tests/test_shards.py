@@ -22,14 +22,9 @@ from cluster.files import replacing, sha256_of, write_text
 from featurization.cells import symmetry_of
 from featurization.cloud import Cloud
 from featurization.config import FeaturizationConfig
-from featurization.shards import (
-    Entry,
-    content_hash,
-    read_manifest,
-    read_shard,
-    write_shard,
-    write_virtual,
-)
+from featurization.manifest import read_manifest
+from featurization.shards import Entry, content_hash, read_shard, write_shard
+from featurization.virtual import write_virtual
 
 CONFIG = FeaturizationConfig()
 
@@ -302,8 +297,8 @@ def test_equal_crystals_do_not_cancel() -> None:
         ("\0\udcff", "not a manifest"),
         ("[]", "not a manifest"),
         ("{}", "not a manifest"),
-        ('{"format_version": 1}', "not a manifest"),
-        ('{"format_version": 2}', "format version 2"),
+        ('{"format_version": 2}', "not a manifest"),
+        ('{"format_version": 3}', "format version 3"),
         ('{"format_version": null}', "format version None"),
     ],
 )

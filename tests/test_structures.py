@@ -11,15 +11,20 @@ from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifWriter
 from pymatgen.io.vasp import Poscar
 
-from featurization.crystal import Crystal, Reject
-from featurization.geometry import cell_volume, close_pairs
+from featurization.crystal import Crystal, Reject, cell_volume
+from featurization.geometry import close_pairs, motion
 from featurization.structures import (
     crystal_from_cif,
     crystal_from_poscar,
     crystal_from_pymatgen,
     crystal_from_structure_dict,
 )
-from featurization.validation import crystal_from_arrays, lattice_from_parameters, numbers
+from featurization.validation import (
+    ELEMENTS,
+    crystal_from_arrays,
+    lattice_from_parameters,
+    numbers,
+)
 
 ROCK_SALT = Structure.from_spacegroup(
     "Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]
@@ -332,14 +337,67 @@ def test_close_pairs_against_brute_force(seed: int, count: int, cutoff: float, s
     assert found == pytest.approx(brute_force(lattice, positions, cutoff))
 
 
-def test_blocks_of_the_pair_search_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    random = np.random.default_rng(0)
-    lattice, positions = np.eye(3) * 12.0, random.uniform(size=(80, 3))
-    whole = close_pairs(lattice, positions, 2.0)
-    monkeypatch.setattr("featurization.geometry._BLOCK", 200)
-    assert len(whole[0]) > 20
-    for a, b in zip(whole, close_pairs(lattice, positions, 2.0), strict=True):
-        assert np.array_equal(a, b)
+def test_a_crowd_of_sites_is_rejected_before_its_pairs_fill_the_memory() -> None:
+    count = 800
+    crowd = (np.full((count, 3), 0.3), ["Cu"] * count, np.full(count, 1e-3), np.arange(count), {})
+    with pytest.raises(Reject, match="more than 262144 pairs"):
+        crystal_from_arrays("x", np.eye(3) * 5.0, *crowd)
+
+
+def test_a_large_and_skewed_cell_is_rejected_not_searched_for_minutes() -> None:
+    grid = np.array(list(itertools.product(range(20), repeat=3))) / 20
+    arrays = (["Cu"] * len(grid), np.ones(len(grid)), np.arange(len(grid)), {})
+    lattice = np.eye(3) * 50.0
+    for skew in (3, 19_000):  # one crystal, its c longer by `skew` a
+        sheared = lattice + skew * np.outer([0, 0, 1], lattice[0])
+        positions = grid - skew * np.outer(grid[:, 2], [1, 0, 0])
+        if skew < 10:
+            assert crystal_from_arrays("x", sheared, positions % 1.0, *arrays).volume > 1e5
+        else:
+            with pytest.raises(Reject, match="skewed"):
+                crystal_from_arrays("x", sheared, positions % 1.0, *arrays)
+
+
+def test_many_species_on_one_place_become_one_site() -> None:
+    names = sorted(ELEMENTS)[:80]
+    # Site 0 is alone; places of the others differ by less than 0.01 Å, also across the boundary.
+    positions = np.array([[0.5, 0.5, 0.5], *([1e-4 * (n % 2) - 1e-4, 0, 0] for n in range(79))])
+    occupancy = np.array([1.0, *[1.0 / 79] * 79])
+    crystal = crystal_from_arrays(
+        "x", np.eye(3) * 5.0, positions, names, occupancy, np.arange(80), {}
+    )
+    assert crystal.site.tolist() == [0] + [1] * 79
+    assert set(crystal.species[1:]) == set(names[1:])
+    assert (crystal.positions[1:] == positions[1]).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(-8.0, -0.5))
+def test_motion_against_linear_algebra(seed: int, strain_exponent: float) -> None:
+    random = np.random.default_rng(seed)
+    lattice = np.diag(random.uniform(2.0, 6.0, 3)) + random.uniform(-0.5, 0.5, (3, 3))
+    rows = np.tril(random.integers(-2, 3, (3, 3)), -1) + np.diag([1.0, 2.0, 1.0])
+    positions, shift = random.uniform(-1.5, 1.5, (7, 3)), random.uniform(size=3)
+    cut = rows @ lattice
+    strain = np.eye(3) + random.normal(size=(3, 3)) * 10.0**strain_exponent
+    turn = np.linalg.qr(random.normal(size=(3, 3)))[0]
+    ideal = cut @ strain @ turn
+    noise = random.uniform(-0.05, 0.05, (7, 3))
+    images = (positions - shift) @ np.linalg.inv(rows) + noise + random.integers(-3, 4, (7, 3))
+    found = motion(lattice, positions, rows, shift, ideal, images)
+    stretch = np.abs(np.linalg.svd(np.linalg.inv(cut) @ ideal, compute_uv=False) - 1.0).max()
+    longest = np.linalg.norm(cut, axis=1).max()
+    assert found[0] == pytest.approx(stretch * longest, rel=1e-6, abs=1e-12)
+    assert found[1] == pytest.approx(np.linalg.norm(noise @ ideal, axis=1).max(), rel=1e-9)
+
+
+@pytest.mark.parametrize("argument", range(6))
+def test_motion_of_what_is_no_number_is_infinite(argument: int) -> None:
+    arrays = [np.eye(3), np.zeros((2, 3)), np.eye(3), np.zeros(3), np.eye(3), np.zeros((2, 3))]
+    assert motion(*arrays) == (0.0, 0.0)
+    arrays[argument].flat[0] = np.nan
+    assert max(motion(*arrays)) == np.inf
+    assert max(motion(*arrays[:2], np.zeros((3, 3)), *arrays[3:])) == np.inf
 
 
 def test_a_large_cell_is_searched() -> None:

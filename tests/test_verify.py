@@ -19,11 +19,11 @@ from tiny import SMALL, broken, command, document, run, write_lines
 from cluster.errors import UserError
 from cluster.files import sha256_of
 from featurization.shards import content_hash, read_shard
-from featurization.sources import Source, open_source
 from featurization.verify import verify
 
-FIRST, LAST = "shards/shard-00000-00000.h5", "shards/shard-00000-00002.h5"
-KEYS = ["ok", "structures", "rejected", "points", "content_hash", "recomputed", "note", "problems"]
+FIRST, LAST = "shards/shard-000-0001-00000-00000.h5", "shards/shard-000-0001-00000-00002.h5"
+KEYS = ["ok", "structures", "rejected", "points", "content_hash", "recomputed", "note"]
+KEYS += ["damaged", "problems"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`s.jsonl` of 12 records and `out`, its dataset of 10 crystals in 3 shards."""
     folder = tmp_path_factory.mktemp("original")
     lines = [document(f"m{i}", 4 + i / 10, band_gap=float(i)) for i in range(10)]
-    lines = [*lines[:3], broken("b0"), *lines[3:], document("m1")]
+    lines = [*lines[:5], broken("b0"), *lines[5:], document("m1")]
     write_lines(folder / "s.jsonl", lines)
     run(folder / "s.jsonl", folder / "out", SMALL.model_copy(update={"shard_structures": 4}))
     return folder
@@ -43,8 +43,8 @@ def dataset(original: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def source(original: Path) -> Source:
-    return open_source(str(original / "s.jsonl"))
+def source(original: Path) -> str:
+    return str(original / "s.jsonl")
 
 
 def edit_manifest(folder: Path, change: Callable[[Any], Any]) -> None:
@@ -73,9 +73,9 @@ def edit_shard(folder: Path, change: Callable[[h5py.File], None]) -> None:
         change(file)
 
 
-def test_good(dataset: Path, source: Source) -> None:
+def test_good(dataset: Path, source: str) -> None:
     manifest = json.loads((dataset / "manifest.json").read_text())
-    answer = verify(dataset, source, sample=100)
+    answer = verify(dataset, [source], sample=100)
     assert list(answer) == KEYS
     assert answer["ok"] is True
     assert answer["problems"] == []
@@ -83,15 +83,15 @@ def test_good(dataset: Path, source: Source) -> None:
     for key in ("structures", "rejected", "points", "content_hash"):
         assert answer[key] == manifest[key]
     for sample, expected in ((3, 3), (0, 0), (-1, 0)):
-        assert verify(dataset, source, sample)["recomputed"] == expected
-    assert verify(dataset, None)["recomputed"] == 0
+        assert verify(dataset, [source], sample)["recomputed"] == expected
+    assert verify(dataset)["recomputed"] == 0
 
 
-def test_sealing_alone_breaks_nothing(dataset: Path, source: Source) -> None:
+def test_sealing_alone_breaks_nothing(dataset: Path, source: str) -> None:
     before = (dataset / "manifest.json").read_text()
     seal(dataset)
     assert json.loads((dataset / "manifest.json").read_text()) == json.loads(before)
-    assert verify(dataset, source)["ok"]
+    assert verify(dataset, [source])["ok"]
 
 
 def flip(name: str) -> Callable[[Path], None]:
@@ -172,7 +172,7 @@ def test_damage_is_found(
     said: str,
 ) -> None:
     damage(dataset)
-    answer = verify(dataset, None)
+    answer = verify(dataset)
     assert answer["ok"] is False
     assert [p for p in answer["problems"] if said in p], answer["problems"]
     assert command(monkeypatch, "verify", dataset, "--json") == 1
@@ -227,7 +227,7 @@ def set_all(name: str, value: Any) -> Callable[[h5py.File], None]:
 def test_content_that_is_no_cloud(dataset: Path, change: Any, said: str) -> None:
     edit_shard(dataset, change)
     seal(dataset)
-    answer = verify(dataset, None)
+    answer = verify(dataset)
     assert answer["ok"] is False
     assert [p for p in answer["problems"] if said in p], answer["problems"]
 
@@ -247,14 +247,14 @@ def test_content_that_is_no_cloud(dataset: Path, change: Any, said: str) -> None
     ],
 )
 def test_forgery_is_found_by_hash_and_by_recomputation(
-    dataset: Path, source: Source, change: Any, hashed: bool
+    dataset: Path, source: str, change: Any, hashed: bool
 ) -> None:
     edit_shard(dataset, change)
     edit_manifest(dataset, lambda m: m["shards"][0].update(sha256=sha256_of(dataset / FIRST)))
-    assert verify(dataset, None)["ok"] is not hashed
+    assert verify(dataset)["ok"] is not hashed
     seal(dataset)
-    assert verify(dataset, None)["ok"]
-    answer = verify(dataset, source, sample=10)
+    assert verify(dataset)["ok"]
+    answer = verify(dataset, [source], sample=10)
     assert answer["ok"] is False
     assert any("what its source gives" in p for p in answer["problems"]), answer["problems"]
 
@@ -271,7 +271,7 @@ def test_unreadable_content_with_its_checksum(dataset: Path) -> None:
         (dataset / FIRST).write_bytes(good)
         edit_shard(dataset, change)
         edit_manifest(dataset, lambda m: m["shards"][0].update(sha256=sha256_of(dataset / FIRST)))
-        answer = verify(dataset, None)
+        answer = verify(dataset)
         assert answer["ok"] is False
         assert any(FIRST in problem for problem in answer["problems"])
 
@@ -287,7 +287,7 @@ def test_source_that_changed(original: Path, dataset: Path, tmp_path: Path) -> N
         ("nothing", ""),
     ):
         (tmp_path / "s.jsonl").write_text(text)
-        answer = verify(dataset, open_source(str(tmp_path / "s.jsonl")), sample=10)
+        answer = verify(dataset, [str(tmp_path / "s.jsonl")], sample=10)
         assert answer["ok"] is False, name
         assert answer["recomputed"] > 0
 
@@ -300,7 +300,7 @@ def test_each_crystal_is_sampled_some_time(dataset: Path, monkeypatch: pytest.Mo
     empty.write_text("")
     seen: dict[str, int] = {}
     for _ in range(40):
-        problems = verify(dataset, open_source(str(empty)), sample=3)["problems"]
+        problems = verify(dataset, [str(empty)], sample=3)["problems"]
         assert len(problems) == 3
         for problem in problems:
             seen[problem] = seen.get(problem, 0) + 1
@@ -323,7 +323,7 @@ def test_command(
     assert answer()["recomputed"] == 10
     assert answer("--sample", "4")["recomputed"] == 4
     # The source has moved: the dataset is still good, and the answer says that none was checked.
-    edit_manifest(dataset, lambda m: m.update(source_spec=str(tmp_path / "gone.jsonl")))
+    edit_manifest(dataset, lambda m: m["sources"][0].update(spec=str(tmp_path / "gone.jsonl")))
     moved = answer()
     assert moved["ok"] is True
     assert moved["recomputed"] == 0
@@ -374,10 +374,10 @@ def test_any_odd_manifest(original: Path, data: st.DataObject) -> None:
     holder[path[-1]] = data.draw(ODD)
     (folder / "manifest.json").write_text(json.dumps(changed))
     try:
-        answer = verify(folder, None)
+        answer = verify(folder)
     except UserError:
         return
     finally:
         (folder / "manifest.json").write_text(text)
-    if path[0] not in ("source", "source_spec", "config") and holder[path[-1]] != before:
+    if path[0] not in ("sources", "config") and holder[path[-1]] != before:
         assert answer["ok"] is False

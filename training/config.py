@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cluster.config import Config
+from featurization.config import RadiationName
 from training.tasks import Task, TaskName, task_of
 
 ModelName = Literal["pointnet"]
@@ -17,6 +18,8 @@ class TrainingConfig(Config):
     """The question."""
     threshold: float | None = None
     """Cut between the classes in the label's unit; None takes the task's (85 GPa, 34 GPa, …)."""
+    radiation: RadiationName | None = None
+    """Whose intensities, where the dataset has several; None: its first."""
     model: ModelName = "pointnet"
     """The network."""
     width: int = Field(default=256, ge=16, multiple_of=4)

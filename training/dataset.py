@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurization.shards import read_manifest
+from cluster.errors import UserError
+from featurization.config import RadiationName
+from featurization.manifest import read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +105,33 @@ class CloudSet:
         return torch.repeat_interleave(starts, lengths) + within, lengths
 
 
-def load(folder: Path) -> CloudSet:
+def load(folder: Path, radiation: RadiationName | None = None) -> CloudSet:
     """All clouds of a finished dataset in memory, in order of id.
 
     The order makes training independent of how the dataset was cut into shards.
 
+    Args:
+        radiation: whose intensities, of those that the dataset has; None: its first.
+
     Raises:
-        UserError: no manifest.
+        UserError: no manifest, or no such radiation in the dataset.
     """
+    config = read_manifest(folder)["config"]
+    first, others = config["radiation"], config["also_radiation"]
+    if radiation not in (None, first, *others):
+        raise UserError(
+            f"{folder} has no intensities of radiation {radiation}",
+            remedy=f"it has {', '.join([first, *others])}; featurize with --radiation {radiation}",
+        )
+    intensity = "intensity" if radiation in (None, first) else f"intensity_{radiation}"
     shards = [folder / row["file"] for row in read_manifest(folder)["shards"]]
     parts: dict[str, list[NDArray[Any]]] = {}
     labels: list[dict[str, NDArray[np.float64]]] = []
     for path in shards:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             for name in ("id", "group", "symmetry/crystal_system"):
                 parts.setdefault(name, []).append(file[name].asstr()[:].astype(np.str_))
-            for name in ("offsets", "hkl", "q", "intensity", "multiplicity", "lattice"):
+            for name in ("offsets", "hkl", "q", intensity, "multiplicity", "lattice"):
                 parts.setdefault(name, []).append(file[name][:])
             labels.append({name: file["labels"][name][:] for name in file["labels"]})
     lengths = torch.from_numpy(np.concatenate([np.diff(part) for part in parts["offsets"]]))
@@ -131,7 +144,7 @@ def load(folder: Path) -> CloudSet:
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         hkl_P3=torch.from_numpy(np.concatenate(parts["hkl"])),
         q_P3=torch.from_numpy(np.concatenate(parts["q"])),
-        intensity_P=torch.from_numpy(np.concatenate(parts["intensity"])),
+        intensity_P=torch.from_numpy(np.concatenate(parts[intensity])),
         multiplicity_P=torch.from_numpy(np.concatenate(parts["multiplicity"])).long(),
         lattice_N33=torch.from_numpy(np.concatenate(parts["lattice"])).float(),
     )

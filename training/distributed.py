@@ -70,7 +70,7 @@ class _Worker:
             with log_epochs(Path(run), rank == 0) as log:
                 fit(
                     Path(run),
-                    load(Path(dataset)),
+                    load(Path(dataset), config.radiation),
                     config,
                     identity=identity,
                     resume=resume,

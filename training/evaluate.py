@@ -15,7 +15,7 @@ from cluster.errors import UserError
 from cluster.files import replacing, write_text
 from cluster.provenance import provenance
 from featurization.crystal import ATTRIBUTION
-from featurization.shards import read_manifest
+from featurization.manifest import read_manifest
 from training import checkpoint
 from training.config import TrainingConfig
 from training.dataset import CloudSet, load
@@ -97,7 +97,7 @@ def evaluate_run(run: Path, dataset: Path | None = None) -> dict[str, Any]:
             f"{state['identity']['content_hash'][:12]}…",
             remedy="give the dataset of the training with --dataset",
         )
-    data = load(folder)
+    data = load(folder, config.radiation)
     parts = Parts.of(data, config)
     probabilities = predictions_of(model, data, parts, config)
     with replacing(run / "predictions.parquet") as temporary:

@@ -8,7 +8,7 @@ from typing import Any
 from cluster.errors import UserError
 from cluster.files import write_text
 from cluster.provenance import provenance
-from featurization.shards import read_manifest
+from featurization.manifest import read_manifest
 from training.config import TrainingConfig
 from training.dataset import load
 from training.distributed import fit_on_workers
@@ -44,7 +44,7 @@ def train(
     begun = (run / "config.json").exists()
     if run.exists() and any(run.iterdir()) and not (resume and begun):
         raise UserError(f"{run} is not empty and holds no training", remedy="give a new folder")
-    data = load(dataset)
+    data = load(dataset, config.radiation)
     Parts.of(data, config)  # a question that cannot be asked leaves no folder behind
     if not (run / CHECKPOINT).exists():
         recorded = {

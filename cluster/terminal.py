@@ -1,0 +1,120 @@
+"""The terminal: bars, tables and messages that stay readable in 80 columns and in a log file."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import unwrap
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from cluster.config import read_toml
+from cluster.errors import UserError
+
+# Paths and messages are shown as they are, not read as markup.
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
+# In a log file, a line of progress as often, s.
+_LINE_EVERY = 30.0
+
+
+def options_from(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the values of a TOML file the defaults of a verb's options: flags go before them."""
+    if path is None:
+        return None
+    options = {
+        option.opts[0].removeprefix("--").replace("-", "_"): str(option.name)
+        for option in context.command.params
+        if option.param_type_name == "option" and not option.is_eager
+    }
+    kinds = get_type_hints(unwrap(context.command.callback or (lambda: None)))
+    values = read_toml(path)
+    problems = []
+    for key, value in values.items():
+        kind = kinds.get(options.get(key, ""))
+        allowed = {str if k is Path else k for k in (kind, *get_args(kind))} - {type(None)}
+        if key not in options:
+            problems.append(f"{key}: unknown key")
+        elif type(value) not in allowed:
+            names = " or ".join(k.__name__ for k in allowed if isinstance(k, type))
+            problems.append(f"{key} = {value!r}: must be {names}")
+    if problems:
+        remedy = f"valid keys are {', '.join(options)}"
+        raise UserError(f"{path}: " + "; ".join(problems), remedy=remedy)
+    context.default_map = {options[key]: value for key, value in values.items()}
+    return path
+
+
+@contextmanager
+def bar(title: str, total: float | None, *, shown: bool = True) -> Iterator[Any]:
+    """A progress bar; yields a function that takes how much is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not shown) as progress:
+        bar = progress.add_task(title, total=total)
+        yield lambda done, **more: progress.update(bar, completed=done, **more)
+
+
+@contextmanager
+def throughput(shown: bool, ranks: int) -> Iterator[Any]:
+    """Progress of featurization: a bar in a terminal, a line now and then in a log file.
+
+    Yields a function that takes a `featurization.worker.Progress`.
+    """
+    began = said = time.monotonic()
+    first = said_of = -1
+
+    def words(at: Any) -> str:
+        nonlocal first
+        first = at.done if first < 0 else first
+        rate = (at.done - first) / max(1e-9, time.monotonic() - began)
+        left = f"{(at.total - at.done) / rate / 60:,.1f} min left" if rate else "starting"
+        balance = f", imbalance {at.imbalance:.2f}" if ranks > 1 else ""
+        return f"{rate:,.0f} structures/s, {left}, {at.rejected:,} rejected{balance}"
+
+    def line(at: Any) -> None:
+        nonlocal said, said_of
+        text = words(at)
+        if time.monotonic() > said + _LINE_EVERY or (at.done == at.total != said_of):
+            said, said_of = time.monotonic(), at.done
+            err.print(f"{at.done:,} of {at.total:,}: {text}", soft_wrap=True)
+
+    if not shown:
+        yield lambda at: None
+    elif err.is_terminal:
+        with bar("featurizing", None) as update:
+            yield lambda at: update(at.done, total=at.total, description=words(at))
+    else:
+        yield line
+
+
+def complain(kind: str, message: str) -> None:
+    """A message on stderr, such as an error with its remedy."""
+    err.print(Text.assemble((kind, "red"), f": {message}"), soft_wrap=True)
+
+
+def summary(title: str, rows: dict[str, Any]) -> None:
+    """A table of names and values."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")  # paths and hashes whole
+    for name, value in rows.items():
+        table.add_row(name, f"{value:,}" if type(value) is int else str(value))
+    out.print(table)

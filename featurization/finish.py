@@ -1,0 +1,164 @@
+"""The end of a run, on rank 0: one table of rejects, one virtual file, and last of all a manifest.
+
+All that can be interrupted and done again: a folder without `journal` and with a manifest is
+finished.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import RunFailed, UserError
+from cluster.files import replacing, sha256_of, write_text
+from cluster.provenance import provenance
+from featurization import journal
+from featurization.config import FeaturizationConfig
+from featurization.crystal import ATTRIBUTION
+from featurization.duplicates import Double
+from featurization.index import check_unchanged
+from featurization.journal import Commit, Plan, commits, joined, remove_journal, write_commit
+from featurization.manifest import FORMAT_VERSION, read_manifest
+from featurization.records import Source
+from featurization.resume import Start
+from featurization.shards import content_hash, read_shard, write_shard
+from featurization.virtual import write_virtual
+
+# Rejects that are held in memory at a time.
+_AT_ONCE = 1 << 20
+REJECT_COLUMNS = ["id", "stage", "reason", "source_index"]
+
+
+def finish(
+    source: Source,
+    out: Path,
+    config: FeaturizationConfig,
+    start: Start,
+    doubles: Sequence[Double],
+) -> dict[str, Any]:
+    """Write `rejects.csv`, `dataset.h5` and `manifest.json`, and remove the journal.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: there is no crystal at all.
+        RunFailed: the source changed while it was read.
+    """
+    plan = start.plan
+    try:
+        check_unchanged(source, plan.source)
+    except RunFailed:
+        remove_journal(out)  # who knows which of the commits are of the files as they were
+        raise
+    before = read_manifest(out) if (out / "manifest.json").exists() else None
+    others = [row for row in before["shards"] if row["part"] != plan.part] if before else []
+    _drop_duplicates(out, config, start, doubles)
+    own = journal.committed_shards(out)
+    stages = write_rejects(out, _all_rejects(out, plan, before))
+    shards = sorted(others + own, key=lambda row: str(row["file"]))
+    rejected = sum(stages.values())
+    part = {"spec": plan.spec, **plan.source, "records": plan.index.count, "block": plan.block}
+    part["without_shard"] = _without_shard(out)
+    sources = list(before["sources"]) if before else []
+    sources[plan.part : plan.part + 1] = [part]
+    if not shards:
+        remove_journal(out)  # nothing that would be worth going on with
+        raise UserError(
+            f"none of the {rejected} records could be featurized{_first_reason(out)}",
+            remedy=f"see {out / 'rejects.csv'}" if rejected else "give a source with crystals",
+        )
+    write_virtual(out, shards, config)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "structures": sum(row["structures"] for row in shards),
+        "rejected": rejected,
+        "reject_stages": dict(stages),
+        "points": sum(row["points"] for row in shards),
+        "content_hash": content_hash(int(row["content_hash"], 16) for row in shards),
+        "config": config.model_dump(mode="json"),
+        "sources": sources,
+        "shards": shards,
+        "checksums": {name: sha256_of(out / name) for name in ("rejects.csv", "dataset.h5")},
+        "attribution": ATTRIBUTION,
+        "provenance": provenance(),
+    }
+    # ASCII, because the name of a source can be what no UTF-8 spells.
+    write_text(out / "manifest.json", json.dumps(manifest, indent=1))
+    remove_journal(out)
+    return manifest
+
+
+def _without_shard(out: Path) -> dict[str, Any]:
+    """Records of commits that gave no crystal."""
+    found = [commit for commit in commits(out) if commit.shard is None]
+    ranges = joined(each for commit in found for each in commit.ranges)
+    records = [list(span) for span in ranges]
+    return {"records": records, "present": sum(commit.present for commit in found)}
+
+
+def _drop_duplicates(
+    out: Path, config: FeaturizationConfig, start: Start, found: Sequence[Double]
+) -> None:
+    """Keep the first crystal of each id in source order; rewrite the shards of the others."""
+    rows = {row["file"]: row for row in journal.committed_shards(out)}
+    first = start.plan.first_record
+    doubles: dict[str, dict[int, tuple[str, int]]] = {}
+    for double in found:
+        doubles.setdefault(double.file, {})[double.index] = double.id, double.first
+    for file, victims in doubles.items():
+        rejects = [
+            (index - first, id_, "source", f"duplicate id; the first is record {earlier}")
+            for index, (id_, earlier) in sorted(victims.items())
+        ]
+        entries = [e for e in read_shard(out / file) if e.source_index not in victims]
+        if entries:
+            place = {key: rows[file][key] for key in ("part", "records", "present")}
+            commit = Commit(write_shard(out / file, entries, config) | place, [], rejects, 0)
+        else:  # what was committed with this shard goes on without one
+            whole = [c for c in commits(out) if c.shard is not None and c.shard["file"] == file]
+            (out / file).unlink()
+            ranges = [each for c in whole for each in c.ranges]
+            rejects += [each for c in whole for each in c.rejects]
+            commit = Commit(None, ranges, rejects, sum(c.present for c in whole))
+        write_commit(out, start.attempt, None, commit)
+
+
+def _all_rejects(out: Path, plan: Plan, before: dict[str, Any] | None) -> Iterator[list[Any]]:
+    """Those of other parts and those of the journal, in the order of the sources."""
+    first, beyond = plan.first_record, plan.first_record + plan.index.count
+    old = out / "rejects.csv" if before is not None else None
+    yield from (row for row in read_rejects(old) if int(row[3]) < first)
+    for low in range(0, plan.index.count, _AT_ONCE):
+        rows = (each for commit in commits(out) for each in commit.rejects)
+        for row in sorted(each for each in rows if low <= each[0] < low + _AT_ONCE):
+            yield [*row[1:], first + row[0]]
+    yield from (row for row in read_rejects(old) if int(row[3]) >= beyond)
+
+
+def write_rejects(out: Path, rows: Iterable[list[Any]]) -> Counter[str]:
+    """Write `rejects.csv` atomically; return how many rows each stage has."""
+    stages = Counter[str]()
+    with replacing(out / "rejects.csv") as path, path.open("w", newline="", encoding="utf-8") as s:
+        writer = csv.writer(s)
+        writer.writerow(REJECT_COLUMNS)
+        for row in rows:
+            writer.writerow(row)
+            stages[row[1]] += 1
+    return stages
+
+
+def read_rejects(path: Path | None) -> Iterator[list[str]]:
+    """Rows of a `rejects.csv`, in the order of `REJECT_COLUMNS`; none if there is no path."""
+    if path is not None:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = csv.reader(stream)
+            next(rows, None)
+            yield from rows
+
+
+def _first_reason(out: Path) -> str:
+    row = next(read_rejects(out / "rejects.csv"), None)
+    return f" (first: {row[1]}: {row[2]})" if row else ""

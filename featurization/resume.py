@@ -1,0 +1,245 @@
+"""What a run of the driver begins with: nothing, an unfinished folder, or a dataset to add to."""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import UserError
+from cluster.files import replacing, sha256_of
+from cluster.mpi import Ranks, agree
+from featurization import journal, logs
+from featurization.config import FeaturizationConfig
+from featurization.index import build_index
+from featurization.journal import Plan, read_plan, write_plan
+from featurization.manifest import read_manifest
+from featurization.records import Source, Stream
+from featurization.shards import read_ids
+
+# Records that a rank takes at a time: some 50 ms of work, and what a kill can cost at most, beside
+# the open shard.
+BLOCK = 64
+DAMAGED = "damaged"  # folder for shards that were set aside
+_OUR_FILES = {"shards", "manifest.json", "rejects.csv", "dataset.h5"}
+_OUR_FOLDERS = {journal.FOLDER, logs.FOLDER, DAMAGED}
+_OUR_SHARDS = re.compile(r"\.?shard-[\d-]+\.h5(\.\d+\.tmp)?$")
+_KNOWN = "known.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What every rank knows before it claims its first block."""
+
+    plan: Plan
+    attempt: int
+    remaining: NDArray[np.int32]  # blocks that are not done, without the following
+    suspect: NDArray[np.int32]  # blocks at which processes died
+    done: int  # records in blocks that are
+    poisoned: dict[int, str]  # record → why it must not be tried again
+    known: "KnownIds"
+
+
+def begin(
+    spec: str, source: Source, out: Path, config: FeaturizationConfig, ranks: Ranks, *, append: bool
+) -> Start | dict[str, Any]:
+    """Prepare `out`; every rank calls this.
+
+    Returns:
+        Where to start, or the manifest of a dataset that is finished and just this one.
+
+    Raises:
+        UserError: `out` holds something else, or cannot be written.
+    """
+
+    def decide() -> Plan | dict[str, Any] | None:
+        try:
+            return _decide(spec, source, out, config, append) if ranks.rank == 0 else None
+        except OSError as error:
+            reason = f"cannot write to {out}: {error.strerror}"
+            raise UserError(reason, remedy="give another folder, or make room") from None
+
+    plan = ranks.broadcast(agree(ranks, decide))
+    if isinstance(plan, dict):
+        return plan
+    rows = ranks.broadcast(journal.committed_shards(out) if ranks.rank == 0 else None)
+    found = ranks.gather(damaged(out, rows[ranks.rank :: ranks.size]))
+    start = None
+    if found is not None:
+        set_aside(out, [name for names in found for name in names])
+        start = _start(out, plan)
+    attempt, remaining, suspect, done, poisoned = ranks.broadcast(start)
+    known = KnownIds(out / journal.FOLDER / _KNOWN)
+    return Start(plan, attempt, remaining, suspect, done, poisoned, known)
+
+
+def claim_step(blocks: int, size: int) -> int:
+    """Blocks a claim: fewer claims on many ranks, and still about 30 a rank for balance."""
+    return max(1, min(16, blocks // (32 * size)))
+
+
+def damaged(out: Path, rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Those of the shards that are not there with the checksum of their row."""
+    return [
+        row["file"]
+        for row in rows
+        if not (out / row["file"]).is_file() or sha256_of(out / row["file"]) != row["sha256"]
+    ]
+
+
+def set_aside(out: Path, names: Iterable[str]) -> None:
+    """Move shards to OUT/damaged; those that are gone stay gone."""
+    for name in names:
+        if (out / name).exists():
+            (out / DAMAGED).mkdir(exist_ok=True)
+            (out / name).replace(out / DAMAGED / Path(name).name)
+
+
+def _decide(
+    spec: str, source: Source, out: Path, config: FeaturizationConfig, append: bool
+) -> Plan | dict[str, Any]:
+    before = _stat(source)
+    described = source.describe()
+    asked = {"source": described, "config": config.model_dump(mode="json")}
+    plan = read_plan(out)
+    if plan is not None:
+        if differences := _differences({"source": plan.source, "config": plan.config}, asked):
+            raise UserError(
+                f"{out} holds an unfinished run of another question ({differences})",
+                remedy="finish that one first, give another folder, or remove this one",
+            )
+        return plan
+    part, first_record = 0, 0
+    if (out / "manifest.json").exists():
+        manifest = read_manifest(out)
+        theirs = [{"source": s, "config": manifest["config"]} for s in manifest["sources"]]
+        if any(not _differences(each, asked) for each in theirs):
+            journal.remove_journal(out)  # should the end of that run have been cut short
+            return manifest
+        if not append:
+            raise UserError(
+                f"{out} holds another dataset ({_differences(theirs[0], asked)})",
+                remedy="give another folder, remove this one, or add to it with --append",
+            )
+        if changed := _differences({"config": manifest["config"]}, {"config": asked["config"]}):
+            raise UserError(
+                f"{out} was made with another configuration ({changed})",
+                remedy="append with the same configuration",
+            )
+        part = len(manifest["sources"])
+        first_record = sum(each["records"] for each in manifest["sources"])
+    elif append:
+        raise UserError(f"{out} holds no dataset", remedy="leave --append away")
+    else:
+        _clear(out)
+    folder = out / journal.FOLDER
+    journal.remove_journal(out)
+    folder.mkdir(parents=True)
+    (out / "shards").mkdir(exist_ok=True)
+    index = build_index(source, folder)
+    if _stat(source) != before:
+        raise UserError(f"{spec} is being written to", remedy="wait until it is complete")
+    block = min(BLOCK, config.shard_structures)
+    plan = Plan(part, first_record, absolute(spec), described, asked["config"], index, block)
+    if part:
+        write_known_ids(out, plan)
+    write_plan(out, plan)
+    return plan
+
+
+def _stat(source: Source) -> tuple[int, int] | None:
+    if not isinstance(source, Stream):
+        return None
+    stat = source.path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{part}.{key}: {there[part].get(key)!r} there, {value!r} asked for"
+        for part in asked
+        for key, value in asked[part].items()
+        if there[part].get(key) != value
+    )
+
+
+def _clear(out: Path) -> None:
+    """Make room for a new dataset; what is not ours is never touched."""
+    if out.exists():
+        strangers = {p.name for p in out.iterdir() if not p.name.startswith(".")}
+        strangers -= _OUR_FILES | _OUR_FOLDERS
+        # Others have folders called shards, too.
+        strangers |= {
+            f"shards/{p.name}" for p in (out / "shards").glob("*") if not _OUR_SHARDS.match(p.name)
+        }
+        if strangers:
+            raise UserError(
+                f"{out} is not empty and holds no dataset ({', '.join(sorted(strangers)[:3])})",
+                remedy="give a new folder",
+            )
+    for name in _OUR_FILES - {"shards"}:
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "shards", ignore_errors=True)
+
+
+def _start(
+    out: Path, plan: Plan
+) -> tuple[int, NDArray[np.int32], NDArray[np.int32], int, dict[int, str]]:
+    """Rank 0: what is between `plan` and `known` in `Start`."""
+    attempt = journal.next_attempt(out, plan.part)
+    listed = {row["file"] for row in journal.committed_shards(out)}
+    own = f"shard-{plan.part:03d}-"
+    for path in (out / "shards").iterdir():  # renamed or begun, but never committed
+        if path.name.lstrip(".").startswith(own) and f"shards/{path.name}" not in listed:
+            path.unlink()
+    for name in _OUR_FILES:  # begun by a process that died
+        for path in out.glob(f".{name}.*.tmp"):
+            path.unlink()
+    done = journal.done_blocks(out, plan)
+    remaining = np.flatnonzero(~done).astype(np.int32)
+    records = plan.index.count - sum(
+        min(plan.block, plan.index.count - int(block) * plan.block) for block in remaining
+    )
+    poisoned, suspects = journal.deaths(out)
+    suspect = np.isin(remaining, [record // plan.block for record in suspects])
+    return attempt, remaining[~suspect], remaining[suspect], records, poisoned
+
+
+def absolute(spec: str) -> str:
+    """The source's word, independent of the working folder: `verify` opens it again."""
+    if spec.partition(":")[0] == "prototypes":  # the word, even beside a folder of that name
+        return spec
+    return str(Path(spec).resolve()) if Path(spec).exists() else spec
+
+
+def id_hash(id: str) -> int:
+    """64 bits of an id; two ids of a million share one with a probability of 3e-8."""
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
+
+
+def write_known_ids(out: Path, plan: Plan) -> None:
+    """Hashes of the ids of all earlier parts, sorted, 8 bytes each."""
+    rows = [row for row in read_manifest(out)["shards"] if row["part"] < plan.part]
+    hashes = [np.array([id_hash(i) for i in read_ids(out / r["file"])[0]], "<u8") for r in rows]
+    with replacing(out / journal.FOLDER / _KNOWN) as temporary:
+        np.sort(np.concatenate([np.zeros(0, "<u8"), *hashes])).tofile(temporary)
+
+
+class KnownIds:
+    """Ids of earlier parts; read from disk as needed, not held."""
+
+    def __init__(self, path: Path) -> None:
+        there = path.exists() and path.stat().st_size
+        self._sorted = np.memmap(path, "<u8", "r") if there else np.zeros(0, "<u8")
+
+    def __contains__(self, id: str) -> bool:
+        if not len(self._sorted):
+            return False
+        wanted = np.uint64(id_hash(id))
+        place = int(np.searchsorted(self._sorted, wanted))
+        return place < len(self._sorted) and bool(self._sorted[place] == wanted)
