@@ -37,7 +37,7 @@ class FeaturizationConfig(Config):
     max_atoms: int = Field(default=2000, ge=1)
     """A crystal with more scatterers in the cell that the source gives is rejected."""
     max_seconds: float = Field(default=60.0, gt=0, le=86_400)
-    """A crystal that takes longer is rejected."""
+    """A crystal that takes more of the processor's time is rejected."""
     occupancy: Literal["average", "reject"] = "average"
     """Partly occupied sites: average their scattering, or reject the crystal."""
     id_prop_label: str = Field(default="target", pattern=r"^[A-Za-z][A-Za-z0-9_]*$")

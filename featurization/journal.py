@@ -153,7 +153,7 @@ def deaths(out: Path) -> tuple[dict[int, str], list[int]]:
         if not number.isdigit():
             continue
         counts[int(number)] += 1
-        if b"Timeout" in text[20:]:
+        if text[20:]:
             reasons[int(number)] = "hung in native code, which ended its process"
     for record, count in counts.items():
         if count >= _DEATHS:
