@@ -31,13 +31,15 @@ import zstandard
 
 from benchmarks.model import Constants, print_model, print_table
 from cluster.files import sha256_of
+from cluster.mpi import OneProcess
 from cluster.mpi import ranks as mpi_ranks
 from cluster.provenance import provenance
 from featurization import journal
 from featurization.config import FeaturizationConfig
+from featurization.duplicates import duplicates
 from featurization.finish import finish
 from featurization.index import Index, build_index
-from featurization.journal import Commit, Plan, write_commit
+from featurization.journal import Commit, Plan, committed_shards, write_commit
 from featurization.manifest import read_manifest
 from featurization.resume import BLOCK, KnownIds, Start
 from featurization.shards import Entry, write_shard
@@ -148,7 +150,7 @@ def walks(source: Path, folder: Path) -> dict[str, float]:
 
 
 def ending(entry: Entry, shards: int, crystals: int, folder: Path) -> float:
-    """Seconds of `finish` after ranks that committed one shard of a few crystals each."""
+    """Seconds of the end of a run whose ranks committed one shard of a few crystals each."""
     out = folder / "ending"
     (out / "shards").mkdir(parents=True)
     (out / journal.FOLDER).mkdir()
@@ -163,7 +165,8 @@ def ending(entry: Entry, shards: int, crystals: int, folder: Path) -> float:
     none = np.zeros(0, np.int32)
     start = Start(plan, 1, none, none, 0, {}, KnownIds(out / "none"))
     begun = time.perf_counter()
-    finish(JsonLines(folder / "walk.jsonl"), out, CONFIG, start)
+    doubles = duplicates(out, committed_shards(out), OneProcess())
+    finish(JsonLines(folder / "walk.jsonl"), out, CONFIG, start, doubles)
     seconds = time.perf_counter() - begun
     shutil.rmtree(out)
     return seconds
