@@ -81,8 +81,8 @@ def featurize(
 ) -> None:
     """Turn crystals into diffraction clouds: OUT/shards, manifest.json, rejects.csv, dataset.h5.
 
-    Runs on one core as it is, on many as `mpiexec -n 8 xtal featurize …` or under srun. After
-    any interruption the same command goes on, with any number of ranks.
+    Runs on one core as it is, on many under `mpiexec -n 8` or srun.
+    After any interruption the same command goes on, with any number of ranks.
     """
     from featurization.config import FeaturizationConfig
     from featurization.featurize import featurize as run
