@@ -82,6 +82,7 @@ def _create(
     As `h5py.VirtualLayout` does it, at a tenth of the time where there are many files.
     """
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_obj_track_times(False)  # equal shards, equal bytes
     if fill is not None:
         properties.set_fill_value(np.array(fill, dtype=dtype))
     space = h5py.h5s.create_simple(shape)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
@@ -179,6 +180,7 @@ def test_folder_without_manifest_and_journal_is_done_again(tmp_path: Path) -> No
     (out / "shards" / ".shard-000-0001-00000-00001.h5.123.tmp").write_bytes(b"half")
     (out / "shards" / "shard-000-0001-00007-00000.h5").write_bytes(b"of a rank that is no more")
     (out / ".dataset.h5.123.tmp").write_bytes(b"half")
+    time.sleep(1.1)  # a time in a file would now be another one
     again = run(source, out, config)
     for volatile in (first, again):
         del volatile["provenance"]["created"]

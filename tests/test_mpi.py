@@ -265,10 +265,17 @@ def test_user_error_is_said_once(tmp_path: Path, case: str) -> None:
 
 # Rank 1 fails, in the way that HOW tells, while rank 0 waits for it.
 FAILING = """
-import os, signal, sys
+import os, signal, sys, time
 import xtal
 from cluster.mpi import ranks
-from featurization import worker
+from featurization import resume, worker
+
+resume.BLOCK = 4
+one = worker._entry
+
+def slowly(*arguments):
+    time.sleep(0.1)  # so that the other rank gets a block, too
+    return one(*arguments)
 
 class Panic(BaseException):
     "Like a Rust panic: no Exception."
@@ -280,6 +287,8 @@ def fail(*_):
 
 if ranks().rank == 1:
     worker.write_shard = fail
+else:
+    worker._entry = slowly
 xtal.main()
 """
 
