@@ -90,10 +90,10 @@ def featurize(
 
     ranks = mpi_ranks()
     with _fatal_for_all(ranks):
-        first, *others = (radiation or "").split(",")
+        several = radiation.split(",") if radiation is not None else []
         flags = {
-            "radiation": first or None,
-            "also_radiation": others or None,
+            "radiation": several[0] if several else None,
+            "also_radiation": several[1:] or None,
             "cell": cell,
             "selection": selection,
             "symprec": symprec,
@@ -120,6 +120,9 @@ def featurize(
                 "content hash": manifest["content_hash"][:16],
             },
         )
+        for each in manifest["sources"]:
+            if each["damage"]:
+                complain("warning", f"{each['spec']} ends early: {each['damage']}")
 
 
 @app.command()
@@ -192,6 +195,7 @@ def verify(
         if repair and not answer["ok"]:
             with throughput(ranks.rank == 0, ranks.size) as update:
                 mend(dataset, answer["damaged"], specs, ranks, update)
+            specs = agree(ranks, lambda: check_specs(dataset, source or []))
             answer = run(dataset, specs, sample, ranks) | {"repaired": answer["damaged"]}
     if ranks.rank != 0:
         raise typer.Exit(0 if answer["ok"] else 1)
@@ -356,6 +360,9 @@ def main() -> None:
         if isinstance(error, UserError):
             complain("error", str(error))
             sys.exit(2)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            complain("failed", f"cannot read or write {error.filename}: {error.strerror}")
+            sys.exit(1)
         if isinstance(error, RunFailed):
             complain("stopped" if isinstance(error, Stopped) else "failed", str(error))
             sys.exit(error.exit_code)

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,19 +79,20 @@ def sha256_of(path: Path) -> str:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append a line and fsync it; a line that a crash cut short has no line end."""
+    """Append a line with its CRC-32 and fsync it."""
+    line = text.encode()
     with path.open("ab") as stream:
-        stream.write(text.encode() + b"\n")
+        stream.write(b"%08x %s\n" % (zlib.crc32(line), line))
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def whole_lines(path: Path) -> Iterator[str]:
-    """The lines of `append_line` that are whole."""
+    """The lines of `append_line`; those that a crash cut short or that are damaged are left out."""
     with path.open("rb") as stream:
         for line in stream:
-            if line.endswith(b"\n"):
-                yield line.decode()
+            if line.endswith(b"\n") and line[:8] == b"%08x" % zlib.crc32(line[9:-1]):
+                yield line[9:-1].decode()
 
 
 def _fsync(path: Path) -> None:

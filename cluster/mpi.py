@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -183,6 +184,7 @@ class MpiRanks:
         # lines of two ranks do not mix.
         sys.stderr.write(f"rank {self.rank} of {self.size} failed:\n{traceback.format_exc()}")
         sys.stderr.flush()
+        time.sleep(0.5)  # the launcher forwards it, but not once it is told to abort
         self._communicator.Abort(1)
 
 

@@ -82,8 +82,9 @@ def throughput(shown: bool, ranks: int) -> Iterator[Any]:
     first = said_of = -1
 
     def words(at: Any) -> str:
-        nonlocal first
-        first = at.done if first < 0 else first
+        nonlocal first, began
+        if first < 0 or at.done < first:  # another run begins
+            first, began = at.done, time.monotonic()
         rate = (at.done - first) / max(1e-9, time.monotonic() - began)
         left = f"{(at.total - at.done) / rate / 60:,.1f} min left" if rate else "starting"
         balance = f", imbalance {at.imbalance:.2f}" if ranks > 1 else ""

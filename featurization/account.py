@@ -1,12 +1,12 @@
 """Every record of every source is a crystal, a reject, or known to be there already."""
 
+import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from featurization.finish import read_rejects
 
 
 def unaccounted(folder: Path, manifest: dict[str, Any]) -> list[tuple[int, str, str]]:
@@ -50,3 +50,12 @@ def rejected_records(folder: Path) -> NDArray[np.int64]:
 def rejects_within(rejected: NDArray[np.int64], ranges: list[tuple[int, int]]) -> int:
     """How many of sorted record numbers lie in the ranges."""
     return sum(int(np.diff(np.searchsorted(rejected, span))[0]) for span in ranges)
+
+
+def read_rejects(path: Path | None) -> Iterator[list[str]]:
+    """Rows of a `rejects.csv`, in the order of `REJECT_COLUMNS`; none if there is no path."""
+    if path is not None:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = csv.reader(stream)
+            next(rows, None)
+            yield from rows

@@ -29,7 +29,7 @@ class Reject(Exception):
 
     def __init__(self, stage: str, reason: str) -> None:
         super().__init__(f"{stage}: {reason}")
-        self.stage = stage  # "source", "structure", "cell", "diffraction" or "internal"
+        self.stage = stage  # "source", "structure", "cell", "diffraction", "guard" or "internal"
         self.reason = reason
 
 

@@ -49,9 +49,23 @@ def featurize(
         Stopped: a signal came; the same command goes on.
         RunFailed: a full disk, or a source that changed; the same command goes on if it can.
     """
+    with ExitStack() as held:
+        agree(ranks, lambda: hold(out, held) if ranks.rank == 0 else None)
+        return featurize_held(spec, out, config, ranks, progress, append=append)
+
+
+def featurize_held(
+    spec: str,
+    out: Path,
+    config: FeaturizationConfig,
+    ranks: Ranks,
+    progress: Callable[[Progress], None],
+    *,
+    append: bool,
+) -> dict[str, Any]:
+    """As `featurize`, for a job that holds the folder already."""
     source = agree(ranks, lambda: open_source(spec, id_prop_label=config.id_prop_label))
-    with ExitStack() as held, StopSignals() as signals:
-        agree(ranks, lambda: _hold(out, held) if ranks.rank == 0 else None)
+    with StopSignals() as signals:
         start = begin(spec, source, out, config, ranks, append=append)
         if isinstance(start, dict):
             return start
@@ -80,7 +94,12 @@ def featurize(
             return dict(ranks.broadcast(manifest))
 
 
-def _hold(out: Path, held: ExitStack) -> None:
+def hold(out: Path, held: ExitStack) -> None:
+    """Keep other jobs out of the folder until `held` is closed.
+
+    Raises:
+        UserError: another job is at work there, or it cannot be written.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file", remedy="give the path of a new folder")
     try:

@@ -15,6 +15,7 @@ from cluster.errors import RunFailed, UserError
 from cluster.files import replacing, sha256_of, write_text
 from cluster.provenance import provenance
 from featurization import journal
+from featurization.account import read_rejects, unaccounted
 from featurization.config import FeaturizationConfig
 from featurization.crystal import ATTRIBUTION
 from featurization.duplicates import Double
@@ -51,7 +52,9 @@ def finish(
     try:
         check_unchanged(source, plan.source)
     except RunFailed:
-        remove_journal(out)  # who knows which of the commits are of the files as they were
+        for row in journal.committed_shards(out):  # who knows of which files they are
+            (out / row["file"]).unlink()
+        remove_journal(out)
         raise
     before = read_manifest(out) if (out / "manifest.json").exists() else None
     others = [row for row in before["shards"] if row["part"] != plan.part] if before else []
@@ -61,13 +64,16 @@ def finish(
     shards = sorted(others + own, key=lambda row: str(row["file"]))
     rejected = sum(stages.values())
     part = {"spec": plan.spec, **plan.source, "records": plan.index.count, "block": plan.block}
+    part["damage"] = plan.index.damage  # why the source ended before its end
     part["without_shard"] = _without_shard(out)
     sources = list(before["sources"]) if before else []
     sources[plan.part : plan.part + 1] = [part]
     if not shards:
         remove_journal(out)  # nothing that would be worth going on with
         raise UserError(
-            f"none of the {rejected} records could be featurized{_first_reason(out)}",
+            f"none of the {rejected} records could be featurized{_first_reason(out)}"
+            if rejected
+            else f"{plan.spec} has no records",
             remedy=f"see {out / 'rejects.csv'}" if rejected else "give a source with crystals",
         )
     write_virtual(out, shards, config)
@@ -85,6 +91,12 @@ def finish(
         "attribution": ATTRIBUTION,
         "provenance": provenance(),
     }
+    gaps = [gap for part, _, gap in unaccounted(out, manifest) if part == plan.part]
+    if gaps:  # other parts can lack something, too, while a dataset is repaired
+        raise RunFailed(
+            f"the journal in {out} does not account for all records: {gaps[0]}",
+            remedy="featurize into a new folder; was more than one job at work in this one?",
+        )
     # ASCII, because the name of a source can be what no UTF-8 spells.
     write_text(out / "manifest.json", json.dumps(manifest, indent=1))
     remove_journal(out)
@@ -148,15 +160,6 @@ def write_rejects(out: Path, rows: Iterable[list[Any]]) -> Counter[str]:
             writer.writerow(row)
             stages[row[1]] += 1
     return stages
-
-
-def read_rejects(path: Path | None) -> Iterator[list[str]]:
-    """Rows of a `rejects.csv`, in the order of `REJECT_COLUMNS`; none if there is no path."""
-    if path is not None:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = csv.reader(stream)
-            next(rows, None)
-            yield from rows
 
 
 def _first_reason(out: Path) -> str:

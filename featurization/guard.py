@@ -72,8 +72,8 @@ class Guard:
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _alarm(self, number: int, frame: FrameType | None) -> None:
         raise Reject("guard", f"took longer than max_seconds = {self._seconds:g}")

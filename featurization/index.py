@@ -57,6 +57,15 @@ def build_index(source: Source, folder: Path) -> Index:
     return Index(count + (damage is not None), damage)
 
 
+def index_is_whole(source: Source, folder: Path, index: Index) -> bool:
+    """Whether what `build_index` left is still there, as far as sizes tell."""
+    if isinstance(source, Listing):
+        return True
+    places = folder / _PLACES
+    expected = _PLACE.size * (index.count - (index.damage is not None))
+    return places.is_file() and places.stat().st_size == expected and (folder / _COPY).is_file()
+
+
 class Records:
     """The records of a source by number."""
 

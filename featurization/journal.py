@@ -5,6 +5,7 @@
 | plan.json               | rank 0, once    | what was asked, and how many records there are     |
 | places.bin, records.bin | rank 0, once    | see `featurization.index`                          |
 | known.bin               | rank 0, once    | ids of earlier parts, see `featurization.resume`   |
+| owner                   | rank 0          | the job that may commit                            |
 | done-ATTEMPT-RANK.jsonl | that rank alone | a line a commit: a shard, its records, its rejects |
 | at-ATTEMPT-RANK         | that rank alone | the record that it is busy with; gone if it ended  |
 
@@ -15,6 +16,7 @@ within one part: the first source of a dataset is part 0, each appended one the 
 
 import json
 import re
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,13 +27,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.errors import UserError
+from cluster.errors import RunFailed, UserError
 from cluster.files import append_line, whole_lines, write_text
 from featurization.index import Index
 
 FOLDER = "journal"
 # As often may a process die while at one record, until the record is taken to be the reason.
 _DEATHS = 3
+OURS = re.compile(r"\.?(plan|places|records|known|owner|done-|at-)")
 _ATTEMPT = re.compile(r"(?:^done|^at|shard-\d+)-(\d+)-")
 
 
@@ -137,6 +140,26 @@ def next_attempt(out: Path, part: int) -> int:
     names += [path.name for path in (out / "shards").glob(f"*shard-{part:03d}-*")]
     found = (_ATTEMPT.search(name) for name in names)
     return max((int(match[1]) for match in found if match), default=0) + 1
+
+
+def take_over(out: Path) -> str:
+    """From now on only the job with this token may commit."""
+    token = secrets.token_hex(8)
+    write_text(out / FOLDER / "owner", token)
+    return token
+
+
+def check_owner(out: Path, token: str) -> None:
+    """That no other job took over; locks are not everywhere.
+
+    Raises:
+        RunFailed: one did.
+    """
+    path = out / FOLDER / "owner"
+    if not path.exists() or path.read_text(encoding="utf-8") != token:
+        raise RunFailed(
+            f"another job has taken over {out}", remedy="let one job at a time work in a folder"
+        )
 
 
 def deaths(out: Path) -> tuple[dict[int, str], list[int]]:

@@ -41,6 +41,7 @@ class _Source(_Part):
     kind: str
     records: _Count
     block: Annotated[int, Field(ge=1)]
+    damage: str | None
     without_shard: _Account
 
 
@@ -76,7 +77,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         wrong = error.errors()[0]
         place = ".".join(str(part) for part in wrong["loc"])
         raise UserError(
-            f"{path} is not a manifest: {place} is {wrong['input']!r}: {wrong['msg']}",
+            f"{path} is not a manifest: {place}: {wrong['msg']}",
             remedy="featurize into a new folder",
         ) from None
     except (ValueError, KeyError, TypeError) as error:

@@ -4,6 +4,7 @@ import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,16 @@ from cluster.errors import UserError
 from cluster.files import sha256_of, write_text
 from cluster.mpi import Ranks, agree
 from featurization import journal
-from featurization.account import unaccounted
+from featurization.account import read_rejects, unaccounted
 from featurization.config import FeaturizationConfig
-from featurization.featurize import featurize
-from featurization.finish import read_rejects, write_rejects
+from featurization.featurize import featurize_held, hold
+from featurization.finish import write_rejects
 from featurization.index import build_index
 from featurization.journal import Commit, Plan, read_plan, write_commit, write_plan
 from featurization.manifest import read_manifest
 from featurization.resume import absolute, set_aside, write_known_ids
 from featurization.sources import open_source
-from featurization.worker import Progress
+from featurization.worker import Progress, full_disk_explained
 
 
 def repair(
@@ -47,15 +48,18 @@ def repair(
     def on_rank_0(work: Callable[[], Any]) -> Any:
         return ranks.broadcast(agree(ranks, lambda: work() if ranks.rank == 0 else None))
 
-    manifest = on_rank_0(lambda: _strip(folder, damaged))
-    config = build_config(FeaturizationConfig, manifest["config"], where="config of the dataset")
-    if (plan := on_rank_0(lambda: read_plan(folder))) is not None:  # it died while at this
-        featurize(plan.spec, folder, config, ranks, progress, append=plan.part > 0)
-    gaps = on_rank_0(lambda: unaccounted(folder, read_manifest(folder)))
-    # Without a gap, the last part's end writes the tables again.
-    for part in sorted({part for part, _, _ in gaps}) or [len(specs) - 1]:
-        on_rank_0(partial(_reopen, folder, part, specs[part]))
-        featurize(specs[part], folder, config, ranks, progress, append=part > 0)
+    with ExitStack() as held, full_disk_explained(folder):
+        on_rank_0(lambda: hold(folder, held))
+        manifest = on_rank_0(lambda: _strip(folder, damaged))
+        config = build_config(FeaturizationConfig, manifest["config"], where="of the dataset")
+        if (plan := on_rank_0(lambda: read_plan(folder))) is not None:  # it died while at this
+            featurize_held(plan.spec, folder, config, ranks, progress, append=plan.part > 0)
+            specs = [*specs, plan.spec][: max(len(specs), plan.part + 1)]
+        gaps = on_rank_0(lambda: unaccounted(folder, read_manifest(folder)))
+        # Without a gap, the last part's end writes the tables again.
+        for part in sorted({part for part, _, _ in gaps}) or [len(specs) - 1]:
+            on_rank_0(partial(_reopen, folder, part, specs[part]))
+            featurize_held(specs[part], folder, config, ranks, progress, append=part > 0)
 
 
 def _strip(folder: Path, damaged: list[str]) -> dict[str, Any]:
@@ -78,7 +82,7 @@ def _reopen(folder: Path, part: int, spec: str) -> None:
     listed = manifest["sources"][part]
     source = open_source(spec, id_prop_label=config.id_prop_label)
     described = source.describe()
-    if any(listed[key] != value for key, value in described.items()):
+    if any(listed[key] != value for key, value in described.items() if key != "path"):
         raise UserError(
             f"{spec} is not what source {part} of {folder} was: {described}",
             remedy="give that source with --source, or featurize this one into a new folder",

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cluster.files import replacing, sha256_of
 from cluster.mpi import Ranks, agree
 from featurization import journal, logs
 from featurization.config import FeaturizationConfig
-from featurization.index import build_index
+from featurization.index import build_index, index_is_whole
 from featurization.journal import Plan, read_plan, write_plan
 from featurization.manifest import read_manifest
 from featurization.records import Source, Stream
@@ -42,6 +42,7 @@ class Start:
     suspect: NDArray[np.int32]  # blocks at which processes died
     done: int  # records in blocks that are
     poisoned: dict[int, str]  # record → why it must not be tried again
+    owner: str  # token of this job
     known: "KnownIds"
 
 
@@ -57,25 +58,25 @@ def begin(
         UserError: `out` holds something else, or cannot be written.
     """
 
-    def decide() -> Plan | dict[str, Any] | None:
-        try:
-            return _decide(spec, source, out, config, append) if ranks.rank == 0 else None
-        except OSError as error:
-            reason = f"cannot write to {out}: {error.strerror}"
-            raise UserError(reason, remedy="give another folder, or make room") from None
+    def on_rank_0(work: Callable[[], Any]) -> Any:
+        def writing() -> Any:
+            try:
+                return work() if ranks.rank == 0 else None
+            except OSError as error:
+                reason = f"cannot write to {out}: {error.strerror}"
+                raise UserError(reason, remedy="give another folder, or make room") from None
 
-    plan = ranks.broadcast(agree(ranks, decide))
+        return ranks.broadcast(agree(ranks, writing))
+
+    plan = on_rank_0(lambda: _decide(spec, source, out, config, append))
     if isinstance(plan, dict):
         return plan
-    rows = ranks.broadcast(journal.committed_shards(out) if ranks.rank == 0 else None)
-    found = ranks.gather(damaged(out, rows[ranks.rank :: ranks.size]))
-    start = None
-    if found is not None:
-        set_aside(out, [name for names in found for name in names])
-        start = _start(out, plan)
-    attempt, remaining, suspect, done, poisoned = ranks.broadcast(start)
+    rows = on_rank_0(lambda: journal.committed_shards(out))
+    found = ranks.gather(damaged(out, rows[ranks.rank :: ranks.size])) or []
+    lost = [name for names in found for name in names]
+    attempt, remaining, suspect, done, poisoned, owner = on_rank_0(lambda: _start(out, plan, lost))
     known = KnownIds(out / journal.FOLDER / _KNOWN)
-    return Start(plan, attempt, remaining, suspect, done, poisoned, known)
+    return Start(plan, attempt, remaining, suspect, done, poisoned, owner, known)
 
 
 def claim_step(blocks: int, size: int) -> int:
@@ -97,7 +98,10 @@ def set_aside(out: Path, names: Iterable[str]) -> None:
     for name in names:
         if (out / name).exists():
             (out / DAMAGED).mkdir(exist_ok=True)
-            (out / name).replace(out / DAMAGED / Path(name).name)
+            place = out / DAMAGED / Path(name).name
+            while place.exists():  # nothing that was set aside before is lost
+                place = place.with_name(f"{place.name}.again")
+            (out / name).replace(place)
 
 
 def _decide(
@@ -113,6 +117,8 @@ def _decide(
                 f"{out} holds an unfinished run of another question ({differences})",
                 remedy="finish that one first, give another folder, or remove this one",
             )
+        if not index_is_whole(source, out / journal.FOLDER, plan.index):
+            build_index(source, out / journal.FOLDER)
         return plan
     part, first_record = 0, 0
     if (out / "manifest.json").exists():
@@ -164,19 +170,26 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
         f"{part}.{key}: {there[part].get(key)!r} there, {value!r} asked for"
         for part in asked
         for key, value in asked[part].items()
-        if there[part].get(key) != value
+        if there[part].get(key) != value and not (key == "path" and "sha256" in asked[part])
     )
 
 
 def _clear(out: Path) -> None:
     """Make room for a new dataset; what is not ours is never touched."""
     if out.exists():
+        if any((out / "shards").glob("shard-*.h5")):
+            raise UserError(
+                f"{out} holds shards, but neither a manifest.json nor a journal that list them",
+                remedy="bring manifest.json back, or remove the folder yourself",
+            )
         strangers = {p.name for p in out.iterdir() if not p.name.startswith(".")}
-        strangers -= _OUR_FILES | _OUR_FOLDERS
-        # Others have folders called shards, too.
-        strangers |= {
-            f"shards/{p.name}" for p in (out / "shards").glob("*") if not _OUR_SHARDS.match(p.name)
-        }
+        # Others have folders and files of these names, too: ours come with our logs.
+        if (out / logs.FOLDER / "rank-00000.log").exists():
+            strangers -= _OUR_FILES
+        strangers -= _OUR_FOLDERS | {"shards"}
+        for folder, ours in (("shards", _OUR_SHARDS), (journal.FOLDER, journal.OURS)):
+            there = (out / folder).glob("*")
+            strangers |= {f"{folder}/{p.name}" for p in there if not ours.match(p.name)}
         if strangers:
             raise UserError(
                 f"{out} is not empty and holds no dataset ({', '.join(sorted(strangers)[:3])})",
@@ -188,9 +201,11 @@ def _clear(out: Path) -> None:
 
 
 def _start(
-    out: Path, plan: Plan
-) -> tuple[int, NDArray[np.int32], NDArray[np.int32], int, dict[int, str]]:
+    out: Path, plan: Plan, lost: list[str]
+) -> tuple[int, NDArray[np.int32], NDArray[np.int32], int, dict[int, str], str]:
     """Rank 0: what is between `plan` and `known` in `Start`."""
+    owner = journal.take_over(out)
+    set_aside(out, lost)
     attempt = journal.next_attempt(out, plan.part)
     listed = {row["file"] for row in journal.committed_shards(out)}
     own = f"shard-{plan.part:03d}-"
@@ -207,7 +222,7 @@ def _start(
     )
     poisoned, suspects = journal.deaths(out)
     suspect = np.isin(remaining, [record // plan.block for record in suspects])
-    return attempt, remaining[~suspect], remaining[suspect], records, poisoned
+    return attempt, remaining[~suspect], remaining[suspect], records, poisoned, owner
 
 
 def absolute(spec: str) -> str:

@@ -13,6 +13,7 @@ Text and JSON may be `.gz`, `.zst` or `.zip`.
 """
 
 import csv
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,10 +54,12 @@ def open_source(spec: str, *, id_prop_label: str = "target") -> Source:
     if spec == "prototypes" or spec.startswith("prototypes:"):
         return _prototypes(spec)
     path = Path(spec)
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{spec!r} is no file, folder or known word", remedy=f"give {FORMATS}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{spec!r} cannot be read", remedy="ask for permission to read it")
     if path.is_dir():
         return StructureFolder(path, id_prop_label)
-    if not path.is_file():
-        raise UserError(f"{spec!r} is no file, folder or known word", remedy=f"give {FORMATS}")
     if is_structure_file(path):
         return StructureFile(path)
     kind = _inner_suffix(path)
@@ -128,9 +131,11 @@ class CifTable:
     def stream(self) -> Iterator[tuple[int, bytes]]:
         """The lines of each row, also of one that is malformed."""
         taken: list[bytes] = []  # lines that the reader took since the last row
+        again: list[bytes] = []  # lines that follow a malformed one, the next one last
+        fresh = lines(read_pieces(self.path))
 
         def taking() -> Iterator[bytes]:
-            for line in lines(read_pieces(self.path)):
+            while (line := again.pop() if again else next(fresh, None)) is not None:
                 taken.append(line)
                 yield line
 
@@ -139,8 +144,10 @@ class CifTable:
         while True:
             try:
                 row = next(reader, None)
-            except csv.Error:  # the reader goes on with the next line
-                row = [""]
+            except csv.Error:  # an open quote took all that follows: only its line is to blame
+                again += reversed(taken[1:])
+                del taken[1:]
+                reader, row = _reader(taking()), [""]
             if row is None:
                 return
             payload = b"".join(taken)

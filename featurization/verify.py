@@ -15,11 +15,11 @@ from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import sha256_of
 from cluster.mpi import OneProcess, Ranks
-from featurization.account import unaccounted
+from featurization.account import read_rejects, unaccounted
 from featurization.config import FeaturizationConfig
 from featurization.crystal import Reject
 from featurization.duplicates import Double, duplicates
-from featurization.finish import read_rejects
+from featurization.journal import read_plan
 from featurization.manifest import read_manifest
 from featurization.records import Source
 from featurization.shards import Entry, content_hash, read_shard
@@ -172,9 +172,14 @@ def _conclude(
         problems.append(f"id {double.id} is in {double.file} and in an earlier shard or row")
         damaged.append(double.file)
     listed = {row["file"] for row in manifest["shards"]}
+    plan = read_plan(folder)
+    if plan is not None:
+        problems.append(f"a run is unfinished here; give it again: xtal featurize {plan.spec} …")
     for path in sorted((folder / "shards").glob("*.h5")):
-        if f"shards/{path.name}" not in listed:
+        own = plan is not None and path.name.startswith(f"shard-{plan.part:03d}-")
+        if f"shards/{path.name}" not in listed and not own:
             problems.append(f"shards/{path.name} is not in the manifest")
+            damaged.append(f"shards/{path.name}")
     checksums = manifest.get("checksums")
     checksums = checksums if isinstance(checksums, dict) else {}
     for name, check in (("rejects.csv", _check_rejects), ("dataset.h5", _check_virtual)):

@@ -17,7 +17,7 @@ from featurization.config import FeaturizationConfig
 from featurization.crystal import Crystal, Reject
 from featurization.guard import Guard, StopSignals
 from featurization.index import Records
-from featurization.journal import FOLDER, Commit, joined, write_commit
+from featurization.journal import FOLDER, Commit, check_owner, joined, write_commit
 from featurization.logs import RankLog
 from featurization.records import Record, Source
 from featurization.resume import Start, claim_step
@@ -217,6 +217,7 @@ class Worker:
             shard = write_shard(path, self.entries, self.config)
             shard |= {"part": plan.part, "records": joined(self.ranges), "present": self.present}
             self.shards += 1
+        check_owner(self.out, self.start.owner)
         commit = Commit(shard, joined(self.ranges), self.rejects, self.present)
         write_commit(self.out, self.start.attempt, self.ranks.rank, commit)
         self.log.say(f"committed {len(self.entries)} crystals, {len(self.rejects)} rejects")

@@ -105,7 +105,7 @@ def test_no_crystal_at_all(
 ) -> None:
     source = write_lines(tmp_path / "s.jsonl", lines)
     assert command(monkeypatch, "featurize", source, tmp_path / "out") == 2
-    assert "could be featurized" in capsys.readouterr().err
+    assert ("could be featurized" if lines else "has no records") in capsys.readouterr().err
     assert [row["id"] for row in rejects(tmp_path / "out")] == [
         each["material_id"] for each in lines
     ]
@@ -170,22 +170,34 @@ def test_foreign_manifest_and_file_in_place_of_the_folder(tmp_path: Path) -> Non
             run(source, out)
 
 
-def test_folder_without_manifest_and_journal_is_done_again(tmp_path: Path) -> None:
+def test_equal_runs_give_equal_files(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "s.jsonl", [document(f"m{i}", 4 + i / 10) for i in range(5)])
     config = SMALL.model_copy(update={"shard_structures": 2})
-    first = run(source, tmp_path / "out", config)
-    out = tmp_path / "out"
-    (out / "manifest.json").unlink()
-    (out / "shards" / "shard-000-0001-00000-00000.h5").write_bytes(b"half")
-    (out / "shards" / ".shard-000-0001-00000-00001.h5.123.tmp").write_bytes(b"half")
-    (out / "shards" / "shard-000-0001-00007-00000.h5").write_bytes(b"of a rank that is no more")
-    (out / ".dataset.h5.123.tmp").write_bytes(b"half")
+    first = run(source, tmp_path / "one", config)
     time.sleep(1.1)  # a time in a file would now be another one
-    again = run(source, out, config)
+    again = run(source, tmp_path / "two", config)
     for volatile in (first, again):
         del volatile["provenance"]["created"]
     assert again == first
-    assert len(list((out / "shards").iterdir())) == 3
+    assert len(first["shards"]) == 3
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "s.jsonl", [document("a")])
+    for name in ("journal/diary.txt", "dataset.h5", "rejects.csv", "shards/shard-1.h5"):
+        out = tmp_path / name.replace("/", "-")
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+        with pytest.raises(UserError, match=r"not empty|neither a manifest"):
+            run(source, out)
+        assert (out / name).read_text() == "mine"
+    # A dataset whose manifest was lost is no place for another one.
+    run(source, tmp_path / "lost")
+    (tmp_path / "lost" / "manifest.json").unlink()
+    before = contents(tmp_path / "lost")
+    with pytest.raises(UserError, match=r"bring manifest\.json back"):
+        run(source, tmp_path / "lost")
+    assert contents(tmp_path / "lost") == before
 
 
 def test_crash_on_the_way_leaves_no_manifest(
