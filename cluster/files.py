@@ -91,7 +91,7 @@ def whole_lines(path: Path) -> Iterator[str]:
     """The lines of `append_line`; those that a crash cut short or that are damaged are left out."""
     with path.open("rb") as stream:
         for line in stream:
-            if line.endswith(b"\n") and line[:8] == b"%08x" % zlib.crc32(line[9:-1]):
+            if line.endswith(b"\n") and line[:9] == b"%08x " % zlib.crc32(line[9:-1]):
                 yield line[9:-1].decode()
 
 

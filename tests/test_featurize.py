@@ -1,6 +1,7 @@
 """The driver: nothing is lost, nothing of others is touched, and half a folder is no dataset."""
 
 import csv
+import gzip
 import json
 import os
 import shutil
@@ -16,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import SMALL, broken, command, contents, document, process, run, write_lines
 
-from cluster.errors import UserError
+from cluster.errors import RunFailed, UserError
+from cluster.files import append_line, whole_lines
 from cluster.mpi import OneProcess
-from featurization import finish, worker
+from featurization import finish, journal, worker
 from featurization.config import CellName, FeaturizationConfig, RadiationName
 from featurization.crystal import Reject
 from featurization.featurize import featurize
@@ -410,3 +412,49 @@ def test_bad_requests_end_with_2(
         assert command(monkeypatch, "featurize", words[0], out, *words[1:]) == 2
         assert said in capsys.readouterr().err.replace("\n", "")
         assert not out.exists()
+
+
+def test_a_run_that_lacks_records_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_lines(tmp_path / "s.jsonl", [document(f"m{i}", 4 + i / 10) for i in range(6)])
+    config = SMALL.model_copy(update={"shard_structures": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "done_blocks", lambda *_: np.arange(6) % 2 == 0)
+        with pytest.raises(RunFailed, match="does not account for all records"):
+            run(source, tmp_path / "out", config)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert run(source, tmp_path / "out", config)["structures"] == 6
+
+
+def test_a_damaged_line_of_the_journal_is_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    for text in ("one", "two", "three"):
+        append_line(path, text)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert set(whole_lines(path)) < {"one", "two", "three"}
+    path.write_bytes(whole[:-1])
+    assert list(whole_lines(path)) == ["one", "two"]
+
+
+def test_the_older_of_two_jobs_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_lines(tmp_path / "s.jsonl", [document("a"), document("b", 5)])
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_warm_up", lambda _: journal.take_over(out))
+        with pytest.raises(RunFailed, match="another job has taken over"):
+            run(source, out)
+    assert run(source, out)["structures"] == 2
+
+
+def test_a_source_that_ends_early_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "".join(json.dumps(document(f"m{i}", 4 + i / 50)) + "\n" for i in range(60))
+    packed = gzip.compress(lines.encode())
+    (tmp_path / "s.jsonl.gz").write_bytes(packed[: len(packed) * 3 // 4])
+    assert command(monkeypatch, "featurize", tmp_path / "s.jsonl.gz", tmp_path / "out") == 0
+    assert "ends early: " in capsys.readouterr().err
+    assert rejects(tmp_path / "out")[-1]["reason"].startswith("stream ends early")
