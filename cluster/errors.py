@@ -4,33 +4,30 @@ from collections.abc import Callable
 from typing import Any
 
 
-class UserError(ValueError):
+class _Explained(Exception):
+    """An exception with a way out; it can be sent to another process."""
+
+    def __init__(self, problem: str, *, remedy: str) -> None:
+        super().__init__(f"{problem}\n  remedy: {remedy}")
+        self.problem = problem
+        self.remedy = remedy
+
+    def __reduce__(self) -> "tuple[Callable[..., Any], tuple[Any, ...]]":
+        # Exceptions are rebuilt from their message alone, on which a rank or a worker would choke.
+        return _rebuilt, (type(self), self.problem, self.remedy)
+
+
+class UserError(_Explained, ValueError):
     """Bad input or a bad request: the message names the value and the rule, `remedy` the way out.
 
     The command line prints both without a traceback and exits with 2.
     """
 
-    def __init__(self, problem: str, *, remedy: str) -> None:
-        super().__init__(f"{problem}\n  remedy: {remedy}")
-        self.problem = problem
-        self.remedy = remedy
 
-    def __reduce__(self) -> "tuple[Callable[..., Any], tuple[Any, ...]]":
-        return _rebuilt, (type(self), self.problem, self.remedy)
-
-
-class RunFailed(RuntimeError):
+class RunFailed(_Explained, RuntimeError):
     """The input was good and the work still failed: the command line exits with 1."""
 
     exit_code = 1
-
-    def __init__(self, problem: str, *, remedy: str) -> None:
-        super().__init__(f"{problem}\n  remedy: {remedy}")
-        self.problem = problem
-        self.remedy = remedy
-
-    def __reduce__(self) -> "tuple[Callable[..., Any], tuple[Any, ...]]":
-        return _rebuilt, (type(self), self.problem, self.remedy)
 
 
 class Stopped(RunFailed):
@@ -42,6 +39,5 @@ class Stopped(RunFailed):
     exit_code = 75
 
 
-def _rebuilt(kind: type[UserError | RunFailed], problem: str, remedy: str) -> UserError | RunFailed:
-    # Exceptions are rebuilt from their message alone, on which a rank or a worker would choke.
+def _rebuilt(kind: type[_Explained], problem: str, remedy: str) -> _Explained:
     return kind(problem, remedy=remedy)

@@ -233,3 +233,9 @@ def agree(ranks: Ranks, work: Callable[[], Result]) -> Result:
         raise first
     answer: Result = result
     return answer
+
+
+def on_rank_0(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """Rank 0's answer, or the `UserError` or `RunFailed` that it raises, on every rank."""
+    answer: Result = ranks.broadcast(agree(ranks, lambda: work() if ranks.rank == 0 else None))
+    return answer

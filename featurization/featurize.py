@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.errors import RunFailed, Stopped, UserError
 from cluster.files import exclusive
-from cluster.mpi import Ranks, agree
+from cluster.mpi import Ranks, agree, on_rank_0
 from featurization.config import FeaturizationConfig
 from featurization.duplicates import duplicates
 from featurization.finish import finish
@@ -50,7 +50,7 @@ def featurize(
         RunFailed: a full disk, or a source that changed; the same command goes on if it can.
     """
     with ExitStack() as held:
-        agree(ranks, lambda: hold(out, held) if ranks.rank == 0 else None)
+        on_rank_0(ranks, lambda: hold(out, held))
         return featurize_held(spec, out, config, ranks, progress, append=append)
 
 
@@ -83,15 +83,14 @@ def featurize_held(
             agree(ranks, lambda: _raise(failure, signals.received))
             log.say("all ranks are done")
 
-            rows = ranks.broadcast(committed_shards(out) if ranks.rank == 0 else None)
+            rows = on_rank_0(ranks, lambda: committed_shards(out))
             doubles = duplicates(out, rows, ranks)
 
             def end() -> dict[str, Any]:
                 with full_disk_explained(out):
                     return finish(source, out, config, start, doubles)
 
-            manifest = agree(ranks, lambda: end() if ranks.rank == 0 else {})
-            return dict(ranks.broadcast(manifest))
+            return on_rank_0(ranks, end)
 
 
 def hold(out: Path, held: ExitStack) -> None:

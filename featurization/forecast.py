@@ -46,7 +46,7 @@ def forecast(spec: str, config: FeaturizationConfig, ranks: Ranks) -> dict[str, 
         size = path.stat().st_size / len(sample) if entries else 0.0
     points = fmean(len(e.cloud.hkl) for e in entries) if entries else 0.0
     structures = round(count * len(entries) / len(sample))
-    full = max(config.shard_structures, 1)
+    full = config.shard_structures
     if size:
         full = min(full, max(1, round((config.shard_mib << 20) / size)))
     shards = max(min(ranks.size, structures), -(-structures // full))

@@ -6,7 +6,6 @@ import platform
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 from cluster.mpi import Ranks
 
@@ -29,12 +28,7 @@ class RankLog:
         self.say(self._first)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
         self.say("ends" if error is None else f"ends by {type(error).__name__}: {error}")
 
     def say(self, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import sha256_of, write_text
-from cluster.mpi import Ranks, agree
+from cluster.mpi import Ranks, on_rank_0
 from featurization import journal
 from featurization.account import read_rejects, unaccounted
 from featurization.config import FeaturizationConfig
@@ -45,20 +45,19 @@ def repair(
         UserError: a source is gone, or is not what it was.
     """
 
-    def on_rank_0(work: Callable[[], Any]) -> Any:
-        return ranks.broadcast(agree(ranks, lambda: work() if ranks.rank == 0 else None))
-
     with ExitStack() as held, full_disk_explained(folder):
-        on_rank_0(lambda: hold(folder, held))
-        manifest = on_rank_0(lambda: _strip(folder, damaged))
+        on_rank_0(ranks, lambda: hold(folder, held))
+        manifest = on_rank_0(ranks, lambda: _strip(folder, damaged))
         config = build_config(FeaturizationConfig, manifest["config"], where="of the dataset")
-        if (plan := on_rank_0(lambda: read_plan(folder))) is not None:  # it died while at this
+        if (
+            plan := on_rank_0(ranks, lambda: read_plan(folder))
+        ) is not None:  # it died while at this
             featurize_held(plan.spec, folder, config, ranks, progress, append=plan.part > 0)
             specs = [*specs, plan.spec][: max(len(specs), plan.part + 1)]
-        gaps = on_rank_0(lambda: unaccounted(folder, read_manifest(folder)))
+        gaps = on_rank_0(ranks, lambda: unaccounted(folder, read_manifest(folder)))
         # Without a gap, the last part's end writes the tables again.
         for part in sorted({part for part, _, _ in gaps}) or [len(specs) - 1]:
-            on_rank_0(partial(_reopen, folder, part, specs[part]))
+            on_rank_0(ranks, partial(_reopen, folder, part, specs[part]))
             featurize_held(specs[part], folder, config, ranks, progress, append=part > 0)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import UserError
 from cluster.files import replacing, sha256_of
-from cluster.mpi import Ranks, agree
+from cluster.mpi import Ranks, on_rank_0
 from featurization import journal, logs
 from featurization.config import FeaturizationConfig
 from featurization.index import build_index, index_is_whole
@@ -58,23 +58,24 @@ def begin(
         UserError: `out` holds something else, or cannot be written.
     """
 
-    def on_rank_0(work: Callable[[], Any]) -> Any:
-        def writing() -> Any:
-            try:
-                return work() if ranks.rank == 0 else None
-            except OSError as error:
-                reason = f"cannot write to {out}: {error.strerror}"
-                raise UserError(reason, remedy="give another folder, or make room") from None
+    def writing(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except OSError as error:
+            reason = f"cannot write to {out}: {error.strerror}"
+            raise UserError(reason, remedy="give another folder, or make room") from None
 
-        return ranks.broadcast(agree(ranks, writing))
+    def decide() -> Any:
+        return writing(lambda: _decide(spec, source, out, config, append))
 
-    plan = on_rank_0(lambda: _decide(spec, source, out, config, append))
+    plan = on_rank_0(ranks, decide)
     if isinstance(plan, dict):
         return plan
-    rows = on_rank_0(lambda: journal.committed_shards(out))
+    rows = on_rank_0(ranks, lambda: journal.committed_shards(out))
     found = ranks.gather(damaged(out, rows[ranks.rank :: ranks.size])) or []
     lost = [name for names in found for name in names]
-    attempt, remaining, suspect, done, poisoned, owner = on_rank_0(lambda: _start(out, plan, lost))
+    begun = on_rank_0(ranks, lambda: writing(lambda: _start(out, plan, lost)))
+    attempt, remaining, suspect, done, poisoned, owner = begun
     known = KnownIds(out / journal.FOLDER / _KNOWN)
     return Start(plan, attempt, remaining, suspect, done, poisoned, owner, known)
 
