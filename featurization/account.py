@@ -1,22 +1,29 @@
 """Every record of every source is a crystal, a reject, or known to be there already."""
 
 import csv
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.errors import UserError
 
-def unaccounted(folder: Path, manifest: dict[str, Any]) -> list[tuple[int, str, str]]:
+
+def unaccounted(
+    manifest: dict[str, Any], rejected: NDArray[np.int64]
+) -> list[tuple[int, str, str]]:
     """Where the account of a dataset does not come out even.
+
+    Args:
+        rejected: `source_index` of all rejects, ascending, see `rejected_records`.
 
     Returns:
         (number of the source, shard, sentence) of each gap; the shard is "" where no single one
         is to blame.
     """
-    rejected = rejected_records(folder)
     answers: list[tuple[int, str, str]] = []
     first = 0
     for number, part in enumerate(manifest["sources"]):
@@ -53,9 +60,36 @@ def rejects_within(rejected: NDArray[np.int64], ranges: list[tuple[int, int]]) -
 
 
 def read_rejects(path: Path | None) -> Iterator[list[str]]:
-    """Rows of a `rejects.csv`, in the order of `REJECT_COLUMNS`; none if there is no path."""
-    if path is not None:
+    """Rows of a `rejects.csv`, in the order of `REJECT_COLUMNS`; none if there is no path.
+
+    Raises:
+        UserError: it is missing, or no such table.
+    """
+    if path is None:
+        return
+    try:
         with path.open(newline="", encoding="utf-8") as stream:
-            rows = csv.reader(stream)
+            rows = _rows(stream)
             next(rows, None)
-            yield from rows
+            for row in rows:
+                if len(row) != 4 or not row[3].isdecimal():
+                    raise ValueError(f"a row {','.join(row)[:100]!r}")
+                yield row
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}", remedy=f"xtal verify {path.parent} --repair"
+        ) from None
+
+
+def _rows(stream: TextIO) -> Iterator[list[str]]:
+    reader = csv.reader(stream, strict=True)
+    while True:
+        # Of all readers in a process: what we wrote can be of any length, a source must not be.
+        limit = csv.field_size_limit(sys.maxsize)
+        try:
+            row = next(reader, None)
+        finally:
+            csv.field_size_limit(limit)
+        if row is None:
+            return
+        yield row

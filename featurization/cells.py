@@ -6,6 +6,7 @@ strained no more than the symmetry tolerance explains, and the composition is un
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +16,7 @@ import numpy as np
 from featurization.config import CellName
 from featurization.crystal import Crystal, FloatArray, Reject, cell_volume
 from featurization.geometry import close_pairs, inverse, motion
+from featurization.kernel import reciprocal_cell
 
 CRYSTAL_SYSTEMS = (
     "triclinic",
@@ -33,6 +35,10 @@ logging.getLogger("moyo").setLevel(logging.ERROR)
 _ALLOWED_TOLERANCES = 3.0
 # Å; the primitive and the conventional cell are made from the same numbers.
 _EXACT = 1e-3
+
+# symprec × longest ÷ shortest² of the reduced edges. Real crystals are below 1 at 0.1 Å; moyo never
+# came back from some random cells above 2.5.
+_MOST_SHEAR = 2.0
 
 Content = tuple[tuple[str, float], ...]  # species and occupancies of a site
 
@@ -67,6 +73,7 @@ def standardize(crystal: Crystal, cell: CellName, symprec: float) -> tuple[Cryst
     positions = np.empty((len(contents), 3))
     positions[crystal.site] = crystal.positions
     numbers = [number[content] for content in contents.values()]
+    _check_tolerance(crystal.lattice, symprec)
     given = moyopy.Cell(crystal.lattice.tolist(), positions.tolist(), numbers)
     try:
         dataset = moyopy.MoyoDataset(given, symprec=symprec, setting=moyopy.Setting.standard())
@@ -108,6 +115,29 @@ def standardize(crystal: Crystal, cell: CellName, symprec: float) -> tuple[Cryst
     if cell == "conventional":
         _check_centering(dataset.prim_std_cell, chosen)
     return standard, symmetry
+
+
+def _check_tolerance(lattice: FloatArray, symprec: float) -> None:
+    """Reject a cell in which a shear by a short lattice vector v passes for a symmetry.
+
+    It moves the tip of a long vector b by v²/2b in length. Where the tolerance allows that many
+    times over, moyo multiplies shears without end, and takes 30 MiB of memory a second for them.
+    """
+    reciprocal, _, longest = reciprocal_cell(np.ascontiguousarray(lattice))
+    # Between lattice planes there is no vector, and Niggli's cell has no longer edge than any.
+    if symprec * longest * (reciprocal**2).sum(axis=1).max() <= _MOST_SHEAR:
+        return
+    reduced = lattice.tolist()
+    with suppress(ValueError):  # it gives some cells up
+        reduced, _ = moyopy.niggli_reduce(reduced)
+    edges = np.linalg.norm(reduced, axis=1)
+    low, high = float(edges.min()), float(edges.max())
+    if symprec * high / low**2 > _MOST_SHEAR:
+        raise Reject(
+            "cell",
+            f"edges of {low:.3g} and {high:.3g} Å with symprec {symprec} Å: symprec × longest ÷ "
+            f"shortest² must be ≤ {_MOST_SHEAR:g}; use a smaller symprec",
+        )
 
 
 @cache

@@ -54,8 +54,6 @@ def diffraction_cloud(crystal: Crystal, config: FeaturizationConfig) -> Cloud:
     else:
         assert q_max is not None
         hkl = sphere_half(lattice, volume, longest, q_max, config.max_points)
-    if len(hkl) > config.max_points:
-        raise Reject("diffraction", f"{len(hkl)} points exceed max_points = {config.max_points}")
     hkl16, q, intensity, multiplicity, farthest, total = kernel.cloud(
         hkl,
         reciprocal,

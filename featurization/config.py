@@ -1,5 +1,6 @@
 """What decides the content of a dataset: every field lands in the manifest."""
 
+import re
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -19,7 +20,7 @@ class FeaturizationConfig(Config):
     radiation: RadiationName = "xray"
     """Scatterer: xray (IT92), xray_pymatgen (the paper's), neutron (Sears 1992), electron."""
     also_radiation: tuple[RadiationName, ...] = ()
-    """More scatterers on the same points, each a column `intensity_NAME` beside `intensity`."""
+    """More scatterers such as neutron on the same points, each a column `intensity_NAME`."""
     cell: CellName = "primitive"
     """Cell that spans the reciprocal lattice; primitive and conventional are standardized."""
     selection: str = "sphere:1.2"
@@ -32,15 +33,16 @@ class FeaturizationConfig(Config):
     """Absent reflections: keep (intensity 0), drop, or auto: keep in miller, drop in sphere."""
     absence_tolerance: float = Field(default=1e-6, ge=0, lt=1)
     """A reflection with |F|² ≤ tolerance × (Σ|f|)² is absent."""
-    max_points: int = Field(default=100_000, ge=1)
-    """A crystal with more points (Friedel half) is rejected."""
-    max_atoms: int = Field(default=2000, ge=1)
-    """A crystal with more scatterers in the cell that the source gives is rejected."""
+    max_points: int = Field(default=100_000, ge=1, le=1_000_000)
+    """A crystal with more points (Friedel half) is rejected; 200 bytes of memory a point."""
+    max_atoms: int = Field(default=2000, ge=1, le=10_000)
+    """A crystal with more scatterers in the cell that the source gives is rejected; the search for
+    symmetry takes 0.1 GiB of memory for 2,000 atoms, 0.6 for 5,000, 2 for 10,000."""
     max_seconds: float = Field(default=60.0, gt=0, le=86_400)
     """A crystal that takes more of the processor's time is rejected."""
     occupancy: Literal["average", "reject"] = "average"
     """Partly occupied sites: average their scattering, or reject the crystal."""
-    id_prop_label: str = Field(default="target", pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
+    id_prop_label: str = "target"
     """Name of the values in an id_prop.csv without header row."""
     shard_structures: int = Field(default=4096, ge=1)
     """Crystals a shard, at most."""
@@ -62,6 +64,23 @@ class FeaturizationConfig(Config):
             # All digits: `:g` would move the sphere of a radius with more than six.
             return f"sphere:{number!r}".removesuffix(".0")
         raise ValueError("must be miller:m (whole m, 1 to 50) or sphere:q (0 < q ≤ 4 1/Å)")
+
+    @field_validator("id_prop_label")
+    @classmethod
+    def _label(cls, text: str) -> str:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", text):
+            raise ValueError("must be letters, digits and _, of which the first is a letter")
+        return text
+
+    @model_validator(mode="after")
+    def _within_max_points(self) -> Self:
+        limit = self.miller_limit or 0
+        if (points := ((2 * limit + 1) ** 3 + 1) // 2) > self.max_points and limit:
+            raise ValueError(
+                f"selection = {self.selection} has {points:,} points of every crystal, more than "
+                f"max_points = {self.max_points:,}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _each_radiation_once(self) -> Self:

@@ -12,7 +12,12 @@ import orjson
 
 from featurization.crystal import Crystal, Reject
 from featurization.structures import crystal_from_structure_dict
-from featurization.validation import cartesian_to_fractional, crystal_from_arrays, numbers
+from featurization.validation import (
+    cartesian_to_fractional,
+    check_size,
+    crystal_from_arrays,
+    numbers,
+)
 
 # What databases call a property (lower case, `_` for the rest) → our label, same unit.
 _SYNONYMS = {
@@ -111,8 +116,9 @@ def loads(text: bytes) -> Any:
     """Parse JSON; NaN and Infinity, which Python's writer lets through, are accepted.
 
     Raises:
-        Reject: not JSON.
+        Reject: not JSON, or too long.
     """
+    check_size(text)
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:

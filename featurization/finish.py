@@ -5,23 +5,22 @@ finished.
 """
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import RunFailed, UserError
-from cluster.files import replacing, sha256_of, write_text
+from cluster.files import replacing, sha256_of
 from cluster.provenance import provenance
 from featurization import journal
-from featurization.account import read_rejects, unaccounted
+from featurization.account import read_rejects, rejected_records, unaccounted
 from featurization.config import FeaturizationConfig
 from featurization.crystal import ATTRIBUTION
 from featurization.duplicates import Double
 from featurization.index import check_unchanged
-from featurization.journal import Commit, Plan, commits, joined, remove_journal, write_commit
-from featurization.manifest import FORMAT_VERSION, read_manifest
+from featurization.journal import Commit, Plan, commits, remove_journal, write_commit
+from featurization.manifest import FORMAT_VERSION, read_manifest, write_manifest
 from featurization.records import Source
 from featurization.resume import Start
 from featurization.shards import content_hash, read_shard, write_shard
@@ -59,13 +58,13 @@ def finish(
     before = read_manifest(out) if (out / "manifest.json").exists() else None
     others = [row for row in before["shards"] if row["part"] != plan.part] if before else []
     _drop_duplicates(out, config, start, doubles)
-    own = journal.committed_shards(out)
+    own, without_shard = journal.committed(out)
     stages = write_rejects(out, _all_rejects(out, plan, before))
     shards = sorted(others + own, key=lambda row: str(row["file"]))
     rejected = sum(stages.values())
     part = {"spec": plan.spec, **plan.source, "records": plan.index.count, "block": plan.block}
     part["damage"] = plan.index.damage  # why the source ended before its end
-    part["without_shard"] = _without_shard(out)
+    part["without_shard"] = without_shard
     sources = list(before["sources"]) if before else []
     sources[plan.part : plan.part + 1] = [part]
     if not shards:
@@ -76,11 +75,38 @@ def finish(
             else f"{plan.spec} has no records",
             remedy=f"see {out / 'rejects.csv'}" if rejected else "give a source with crystals",
         )
+    manifest = assemble(out, config, sources, shards, stages)
+    gaps = [
+        gap for part, _, gap in unaccounted(manifest, rejected_records(out)) if part == plan.part
+    ]
+    if gaps:  # other parts can lack something, too, while a dataset is repaired
+        raise RunFailed(
+            f"the journal in {out} does not account for all records: {gaps[0]}",
+            remedy="featurize into a new folder; was more than one job at work in this one?",
+        )
+    write_manifest(out, manifest)
+    remove_journal(out)
+    return manifest
+
+
+def assemble(
+    out: Path,
+    config: FeaturizationConfig,
+    sources: list[dict[str, Any]],
+    shards: list[dict[str, Any]],
+    stages: Counter[str],
+) -> dict[str, Any]:
+    """Write `dataset.h5`; return the manifest, not written yet.
+
+    Args:
+        sources, shards: rows of the manifest; at least one shard.
+        stages: what `write_rejects` returned.
+    """
     write_virtual(out, shards, config)
-    manifest = {
+    return {
         "format_version": FORMAT_VERSION,
         "structures": sum(row["structures"] for row in shards),
-        "rejected": rejected,
+        "rejected": sum(stages.values()),
         "reject_stages": dict(stages),
         "points": sum(row["points"] for row in shards),
         "content_hash": content_hash(int(row["content_hash"], 16) for row in shards),
@@ -91,30 +117,14 @@ def finish(
         "attribution": ATTRIBUTION,
         "provenance": provenance(),
     }
-    gaps = [gap for part, _, gap in unaccounted(out, manifest) if part == plan.part]
-    if gaps:  # other parts can lack something, too, while a dataset is repaired
-        raise RunFailed(
-            f"the journal in {out} does not account for all records: {gaps[0]}",
-            remedy="featurize into a new folder; was more than one job at work in this one?",
-        )
-    # ASCII, because the name of a source can be what no UTF-8 spells.
-    write_text(out / "manifest.json", json.dumps(manifest, indent=1))
-    remove_journal(out)
-    return manifest
-
-
-def _without_shard(out: Path) -> dict[str, Any]:
-    """Records of commits that gave no crystal."""
-    found = [commit for commit in commits(out) if commit.shard is None]
-    ranges = joined(each for commit in found for each in commit.ranges)
-    records = [list(span) for span in ranges]
-    return {"records": records, "present": sum(commit.present for commit in found)}
 
 
 def _drop_duplicates(
     out: Path, config: FeaturizationConfig, start: Start, found: Sequence[Double]
 ) -> None:
     """Keep the first crystal of each id in source order; rewrite the shards of the others."""
+    if not found:
+        return
     rows = {row["file"]: row for row in journal.committed_shards(out)}
     first = start.plan.first_record
     doubles: dict[str, dict[int, tuple[str, int]]] = {}

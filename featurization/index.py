@@ -1,9 +1,9 @@
 """Where each record of a source lies, so that every rank reads only its own.
 
-A listing (a folder, the prototypes) needs nothing. A stream is walked once, by one rank: the start,
-the length and a checksum of each record, 20 bytes, go to a file. What is compressed, or cut out of
-one big JSON document, is copied there record by record too, because nothing else can be read from
-its middle.
+A listing (the prototypes) needs nothing. A stream is walked once, by one rank: the start, the
+length and a checksum of each record, 20 bytes, go to a file. What is compressed, or cut out of one
+big JSON document, is copied there record by record too, because nothing else can be read from its
+middle; of a folder, the name of each record's file.
 """
 
 import os
@@ -11,9 +11,11 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from cluster.errors import RunFailed
+from featurization.folders import StructureFolder
 from featurization.records import Listing, Record, Source, Stream, broken_end
 from featurization.streams import StreamBroken
 
@@ -29,8 +31,11 @@ class Index:
     damage: str | None  # why the stream ends early; the last record stands for it
 
 
-def build_index(source: Source, folder: Path) -> Index:
+def build_index(source: Source, folder: Path, limit: int | None = None) -> Index:
     """Walk a source once; one rank calls this.
+
+    Args:
+        limit: records to take at most, of a stream that has grown.
 
     Raises:
         OSError: the folder cannot be written.
@@ -42,7 +47,7 @@ def build_index(source: Source, folder: Path) -> Index:
     # What a crash leaves of these is begun anew: the plan that makes them count comes after.
     with (folder / _PLACES).open("wb") as places, (folder / _COPY).open("wb") as copy:
         try:
-            for start, payload in source.stream():
+            for start, payload in islice(source.stream(), limit):
                 if not source.in_place:
                     start = end
                     copy.write(payload)
@@ -109,13 +114,13 @@ def source_changed(path: Path) -> RunFailed:
 
 
 def check_unchanged(source: Source, described: dict[str, str | int | float]) -> None:
-    """That files that are read in place are still what was described; a stream's own records
+    """That files that records only name are still what was described; the records of one file
     are checked one by one when they are read.
 
     Raises:
         RunFailed: they are not.
     """
-    if isinstance(source, Listing) and source.describe() != described:
+    if isinstance(source, Listing | StructureFolder) and source.describe() != described:
         raise RunFailed(
             "files of the source changed while they were read",
             remedy="leave them alone and give the same command again in a new folder",

@@ -34,6 +34,8 @@ from featurization.index import Index
 FOLDER = "journal"
 # As often may a process die while at one record, until the record is taken to be the reason.
 _DEATHS = 3
+# What a reject says that may not be the crystal's fault.
+AGAIN = "; to try it again: xtal verify OUT --retry"
 OURS = re.compile(r"\.?(plan|places|records|known|owner|done-|at-)")
 _ATTEMPT = re.compile(r"(?:^done|^at|shard-\d+)-(\d+)-")
 
@@ -81,7 +83,8 @@ def read_plan(out: Path) -> Plan | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not the plan of this version's run: {error!r}",
-            remedy="featurize into a new folder, or remove this one",
+            remedy=f"remove {out / FOLDER}, then xtal verify {out} --repair does what is missing; "
+            "of a first run that did not end: featurize again into a new folder",
         ) from None
 
 
@@ -108,10 +111,22 @@ def commits(out: Path) -> Iterator[Commit]:
                 yield commit
 
 
+def committed(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Manifest rows of the committed shards, by file name; and of the commits without a crystal."""
+    rows, ranges, present = {}, [], 0
+    for commit in commits(out):
+        if commit.shard is not None:
+            rows[commit.shard["file"]] = commit.shard
+        else:
+            ranges += commit.ranges
+            present += commit.present
+    records = [list(span) for span in joined(ranges)]
+    return [rows[name] for name in sorted(rows)], {"records": records, "present": present}
+
+
 def committed_shards(out: Path) -> list[dict[str, Any]]:
     """Manifest rows of the committed shards, by file name."""
-    rows = {c.shard["file"]: c.shard for c in commits(out) if c.shard is not None}
-    return [rows[name] for name in sorted(rows)]
+    return committed(out)[0]
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -177,9 +192,11 @@ def deaths(out: Path) -> tuple[dict[int, str], list[int]]:
             continue
         counts[int(number)] += 1
         if text[20:]:
-            reasons[int(number)] = "hung in native code, which ended its process"
+            reasons[int(number)] = f"hung in native code, which ended its process{AGAIN}"
     for record, count in counts.items():
         if count >= _DEATHS:
-            reasons.setdefault(record, f"its process died {count} times while at this crystal")
+            reasons.setdefault(
+                record, f"its process died {count} times while at this crystal{AGAIN}"
+            )
     suspects = [r for r, count in counts.items() if count == _DEATHS - 1 and r not in reasons]
     return reasons, suspects

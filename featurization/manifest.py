@@ -1,4 +1,7 @@
-"""`manifest.json`: what a finished dataset is, where it came from, and where each record went."""
+"""`manifest.json`: what a finished dataset is, where it came from, and where each record went.
+
+It has a copy, `.manifest.copy`, from which `featurization.restore` makes it again.
+"""
 
 import json
 from pathlib import Path
@@ -7,8 +10,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from cluster.errors import UserError
+from cluster.files import append_line, replacing, whole_lines, write_text
 
 FORMAT_VERSION = 2
+COPY = ".manifest.copy"  # a line with its checksum
 
 _Count = Annotated[int, Field(ge=0)]
 # First and beyond the last of records of one source.
@@ -70,23 +75,52 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             _Manifest.model_validate(manifest)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{folder} is no finished dataset: it has no manifest.json",
-            remedy="run xtal featurize SOURCE OUT and give OUT here",
+            f"{folder} is no finished dataset: it has no manifest.json", remedy=way_out(folder)
         ) from None
     except ValidationError as error:
         wrong = error.errors()[0]
         place = ".".join(str(part) for part in wrong["loc"])
         raise UserError(
-            f"{path} is not a manifest: {place}: {wrong['msg']}",
-            remedy="featurize into a new folder",
+            f"{path} is not a manifest: {place}: {wrong['msg']}", remedy=way_out(folder)
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a manifest: {error!r}", remedy="featurize into a new folder"
-        ) from None
+        raise UserError(f"{path} is not a manifest: {error!r}", remedy=way_out(folder)) from None
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {version}, this program reads {FORMAT_VERSION}",
             remedy="featurize again with this version",
         )
     return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Atomically, in ASCII, because the name of a source can be what no UTF-8 spells."""
+    with replacing(folder / COPY) as path:
+        path.unlink(missing_ok=True)
+        append_line(path, json.dumps(manifest))
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def read_copy(folder: Path) -> dict[str, Any] | None:
+    """The manifest as it was written last; None if its copy is lost, too, or damaged."""
+    path = folder / COPY
+    line = next(whole_lines(path), None) if path.is_file() else None
+    manifest: dict[str, Any] | None = None if line is None else json.loads(line)
+    return manifest if manifest and manifest["format_version"] == FORMAT_VERSION else None
+
+
+def way_out(folder: Path) -> str:
+    """The command that helps where a manifest is missing or broken."""
+    if read_copy(folder) is not None:
+        return f"xtal verify {folder} --repair makes it again from its copy"
+    if is_first_run(folder):
+        return f"finish its run: the same xtal featurize again, or xtal verify {folder} --repair"
+    if any((folder / "shards").glob("shard-*.h5")):
+        return f"its copy {folder / COPY} is lost, too: featurize again into a new folder"
+    return "run xtal featurize SOURCE OUT and give OUT here"
+
+
+def is_first_run(folder: Path) -> bool:
+    """Whether the journal is of a first run that did not end, which needs no manifest."""
+    journal = folder / "journal"
+    return (journal / "plan.json").exists() and not (journal / "known.bin").exists()

@@ -44,7 +44,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class Listing(Source, Protocol):
-    """A source that knows its records by number, such as a folder of files."""
+    """A source that knows its records by number, such as the prototypes."""
 
     def __len__(self) -> int:
         """How many records there are."""
@@ -55,7 +55,7 @@ class Listing(Source, Protocol):
 
 @runtime_checkable
 class Stream(Source, Protocol):
-    """A source that is one file of records after each other."""
+    """A source of records after each other: one file, or a folder, whose records name files."""
 
     path: Path
     in_place: bool

@@ -4,7 +4,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from featurization import journal, logs
 from featurization.config import FeaturizationConfig
 from featurization.index import build_index, index_is_whole
 from featurization.journal import Plan, read_plan, write_plan
-from featurization.manifest import read_manifest
+from featurization.manifest import COPY, read_manifest, way_out
+from featurization.origin import described
 from featurization.records import Source, Stream
 from featurization.shards import read_ids
 
@@ -26,7 +27,7 @@ from featurization.shards import read_ids
 # the open shard.
 BLOCK = 64
 DAMAGED = "damaged"  # folder for shards that were set aside
-_OUR_FILES = {"shards", "manifest.json", "rejects.csv", "dataset.h5"}
+_OUR_FILES = {"shards", "manifest.json", COPY, "rejects.csv", "dataset.h5"}
 _OUR_FOLDERS = {journal.FOLDER, logs.FOLDER, DAMAGED}
 _OUR_SHARDS = re.compile(r"\.?shard-[\d-]+\.h5(\.\d+\.tmp)?$")
 _KNOWN = "known.bin"
@@ -105,11 +106,23 @@ def set_aside(out: Path, names: Iterable[str]) -> None:
             (out / name).replace(place)
 
 
-def _decide(
-    spec: str, source: Source, out: Path, config: FeaturizationConfig, append: bool
-) -> Plan | dict[str, Any]:
-    before = _stat(source)
-    described = source.describe()
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies in a folder that may be worked in; neither of the two where it is a new one."""
+
+    plan: Plan | None = None  # an unfinished run of just this question
+    manifest: dict[str, Any] | None = None  # a finished dataset, to be added to
+    finished: bool = False  # the dataset is just this one, so that there is nothing to do
+
+
+def look(
+    out: Path, described: dict[str, Any], config: FeaturizationConfig, *, append: bool
+) -> Found:
+    """Judge what lies in `out`, given what the source says of itself; nothing is written.
+
+    Raises:
+        UserError: `out` holds something else.
+    """
     asked = {"source": described, "config": config.model_dump(mode="json")}
     plan = read_plan(out)
     if plan is not None:
@@ -118,16 +131,16 @@ def _decide(
                 f"{out} holds an unfinished run of another question ({differences})",
                 remedy="finish that one first, give another folder, or remove this one",
             )
-        if not index_is_whole(source, out / journal.FOLDER, plan.index):
-            build_index(source, out / journal.FOLDER)
-        return plan
-    part, first_record = 0, 0
+        own = f"shard-{plan.part:03d}-"
+        shards = (out / "shards").glob("shard-*")
+        if plan.part or any(not path.name.startswith(own) for path in shards):
+            read_manifest(out)  # without it, the end of this run would forget the other parts
+        return Found(plan=plan)
     if (out / "manifest.json").exists():
         manifest = read_manifest(out)
         theirs = [{"source": s, "config": manifest["config"]} for s in manifest["sources"]]
         if any(not _differences(each, asked) for each in theirs):
-            journal.remove_journal(out)  # should the end of that run have been cut short
-            return manifest
+            return Found(manifest=manifest, finished=True)
         if not append:
             raise UserError(
                 f"{out} holds another dataset ({_differences(theirs[0], asked)})",
@@ -138,12 +151,33 @@ def _decide(
                 f"{out} was made with another configuration ({changed})",
                 remedy="append with the same configuration",
             )
-        part = len(manifest["sources"])
-        first_record = sum(each["records"] for each in manifest["sources"])
-    elif append:
+        return Found(manifest=manifest)
+    if append:
         raise UserError(f"{out} holds no dataset", remedy="leave --append away")
-    else:
+    _check_room(out)
+    return Found()
+
+
+def _decide(
+    spec: str, source: Source, out: Path, config: FeaturizationConfig, append: bool
+) -> Plan | dict[str, Any]:
+    before = _stat(source)
+    begun = read_plan(out)
+    about = described(source, begun.source if begun else {})
+    found = look(out, about, config, append=append)
+    if found.plan is not None:
+        if not index_is_whole(source, out / journal.FOLDER, found.plan.index):
+            build_index(source, out / journal.FOLDER, found.plan.index.count)
+        return replace(found.plan, spec=absolute(spec))  # the same source can have moved
+    part, first_record = 0, 0
+    if found.manifest is None:
         _clear(out)
+    elif found.finished:
+        journal.remove_journal(out)  # should the end of that run have been cut short
+        return found.manifest
+    else:
+        part = len(found.manifest["sources"])
+        first_record = sum(each["records"] for each in found.manifest["sources"])
     folder = out / journal.FOLDER
     journal.remove_journal(out)
     folder.mkdir(parents=True)
@@ -152,7 +186,8 @@ def _decide(
     if _stat(source) != before:
         raise UserError(f"{spec} is being written to", remedy="wait until it is complete")
     block = min(BLOCK, config.shard_structures)
-    plan = Plan(part, first_record, absolute(spec), described, asked["config"], index, block)
+    asked = config.model_dump(mode="json")
+    plan = Plan(part, first_record, absolute(spec), about, asked, index, block)
     if part:
         write_known_ids(out, plan)
     write_plan(out, plan)
@@ -175,13 +210,13 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
     )
 
 
-def _clear(out: Path) -> None:
-    """Make room for a new dataset; what is not ours is never touched."""
+def _check_room(out: Path) -> None:
+    """That a new dataset can be made here: what is not ours is never touched."""
     if out.exists():
         if any((out / "shards").glob("shard-*.h5")):
             raise UserError(
                 f"{out} holds shards, but neither a manifest.json nor a journal that list them",
-                remedy="bring manifest.json back, or remove the folder yourself",
+                remedy=f"{way_out(out)}; or remove the folder",
             )
         strangers = {p.name for p in out.iterdir() if not p.name.startswith(".")}
         # Others have folders and files of these names, too: ours come with our logs.
@@ -196,6 +231,10 @@ def _clear(out: Path) -> None:
                 f"{out} is not empty and holds no dataset ({', '.join(sorted(strangers)[:3])})",
                 remedy="give a new folder",
             )
+
+
+def _clear(out: Path) -> None:
+    """Make room for a new dataset."""
     for name in _OUR_FILES - {"shards"}:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "shards", ignore_errors=True)

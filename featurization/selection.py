@@ -37,8 +37,10 @@ def sphere_half(
         lattice: (3, 3), rows a, b, c in Å.
         volume, longest: cell volume (Å³) and longest edge (Å).
 
+    Memory is 24 bytes a point that a cloud may have, however skewed the cell.
+
     Raises:
-        Reject: far more points than `max_points`, or a cell so skewed that finding them is costly.
+        Reject: more points than `max_points`, or a cell so skewed that finding them is costly.
     """
     expected = 2.0 / 3.0 * math.pi * q_max**3 * volume
     if expected > 2 * max_points + 1000:
@@ -48,11 +50,13 @@ def sphere_half(
     radius = q_max * (1.0 + 1e-9)
     if radius * longest > MOST_INDEX + 1:
         raise Reject("diffraction", f"cell too skewed: edge of {longest:.3g} Å; use cell = niggli")
-    room = int(1.2 * expected) + 200
+    room = min(int(1.2 * expected) + 200, max_points)
     hkl, found, columns = _sphere(lattice, radius, room, _MOST_COLUMNS)
     if columns > _MOST_COLUMNS:
         reason = f"cell too skewed: over {_MOST_COLUMNS} columns of points; use cell = niggli"
         raise Reject("diffraction", reason)
+    if found > max_points:
+        raise Reject("diffraction", f"{found} points exceed max_points = {max_points}")
     if found > len(hkl):
         hkl, _, _ = _sphere(lattice, radius, found, _MOST_COLUMNS)
     return hkl[:found]

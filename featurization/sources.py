@@ -9,7 +9,7 @@
 | `*.jsonl`, `*.ndjson`              | Materials Project or JARVIS documents, one a line           |
 | `*.json`                           | the same; a list of them (JARVIS-DFT); a Matbench table     |
 
-Text and JSON may be `.gz`, `.zst` or `.zip`.
+All of these files may be `.gz`, `.zst` or `.zip`.
 """
 
 import csv
@@ -33,8 +33,8 @@ __all__ = ["Record", "Source", "open_source"]
 
 FORMATS = (
     "prototypes[:COUNT[:SEED]]; a folder of *.cif, *.vasp or POSCAR* files; one such file; "
-    "*.jsonl, *.ndjson or *.json (Materials Project, JARVIS, Matbench) and *.csv with a `cif` "
-    "column, these also .gz, .zst or .zip"
+    "*.jsonl, *.ndjson or *.json (Materials Project, JARVIS, Matbench) or *.csv with a `cif` "
+    "column; all files also .gz, .zst or .zip"
 )
 _HEAD = 1 << 16
 # csv's own limit is 128 KiB, less than the CIF of a large cell.
@@ -60,7 +60,7 @@ def open_source(spec: str, *, id_prop_label: str = "target") -> Source:
         raise UserError(f"{spec!r} cannot be read", remedy="ask for permission to read it")
     if path.is_dir():
         return StructureFolder(path, id_prop_label)
-    if is_structure_file(path):
+    if is_structure_file(path.name):
         return StructureFile(path)
     kind = _inner_suffix(path)
     if kind == ".csv":

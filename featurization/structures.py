@@ -15,6 +15,7 @@ from featurization.crystal import Crystal, Reject
 from featurization.validation import (
     MAX_ATOMS,
     cartesian_to_fractional,
+    check_size,
     crystal_from_arrays,
     lattice_from_parameters,
     numbers,
@@ -94,12 +95,13 @@ def crystal_from_cif(text: str, id: str, labels: dict[str, float]) -> Crystal:
     Mixed occupancy (several sites in one place) becomes one site.
 
     Raises:
-        Reject: not CIF, no atom sites, an unknown space group, or not valid as in
+        Reject: too long, not CIF, no atom sites, an unknown space group, or not valid as in
             `crystal_from_arrays`.
     """
+    check_size(text)
     try:
         document = gemmi.cif.read_string(text, check_level=0)  # published files repeat tags
-        structures = (gemmi.make_small_structure_from_block(block) for block in document)
+        structures = (_small_structure(block) for block in document)
         small = next((s for s in structures if len(s.sites) > 0), None)
     except (ValueError, RuntimeError, IndexError, OverflowError) as error:
         reason = " ".join(str(error).split())
@@ -119,6 +121,8 @@ def crystal_from_cif(text: str, id: str, labels: dict[str, float]) -> Crystal:
     if len(small.sites) * (1 + len(cell.images)) > _MAX_IMAGES:
         raise Reject("structure", f"{len(small.sites)} sites × {1 + len(cell.images)} operations")
     sites = small.get_all_unit_cell_sites()
+    if len(sites) > MAX_ATOMS:  # before they become Python's, which take ten times the memory
+        raise Reject("structure", f"{len(sites)} atoms; must be 1 to {MAX_ATOMS}")
     return crystal_from_arrays(
         id,
         lattice,
@@ -130,13 +134,21 @@ def crystal_from_cif(text: str, id: str, labels: dict[str, float]) -> Crystal:
     )
 
 
+def _small_structure(block: gemmi.cif.Block) -> gemmi.SmallStructure:
+    for tag in ("_atom_site_fract_x", "_atom_site_Cartn_x"):
+        if (rows := len(block.find_values(tag))) > MAX_ATOMS:
+            raise Reject("structure", f"{rows} rows of atoms; must be 1 to {MAX_ATOMS}")
+    return gemmi.make_small_structure_from_block(block)
+
+
 def crystal_from_poscar(text: str, id: str, labels: dict[str, float]) -> Crystal:
     """A crystal from VASP 5 POSCAR text (direct or Cartesian, selective dynamics allowed).
 
     Raises:
-        Reject: not POSCAR, VASP 4 (no element symbols), or not valid as in
+        Reject: too long, not POSCAR, VASP 4 (no element symbols), or not valid as in
             `crystal_from_arrays`.
     """
+    check_size(text)
     # pymatgen takes most of a second to import: only for those who have POSCAR files.
     from pymatgen.io.vasp.inputs import Poscar
 

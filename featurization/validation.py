@@ -15,6 +15,8 @@ from featurization.crystal import Crystal, FloatArray, IntArray, Reject, cell_vo
 from featurization.geometry import close_pairs, within
 
 MAX_ATOMS = 10_000
+# Of one crystal as text: parsed, 8 MiB of the worst JSON or CIF take some 200 MiB of memory.
+MAX_BYTES = 8 << 20
 MIN_VOLUME, MAX_VOLUME = 0.1, 1e7  # Å³ a cell
 MIN_DISTANCE = 0.5  # Å; two sites nearer than this overlap
 SAME_SITE = 0.01  # Å; partly occupied sites nearer than this are one site
@@ -83,6 +85,17 @@ def crystal_from_arrays(
         site=site,
         labels=labels,
     )
+
+
+def check_size(text: bytes | str) -> None:
+    """Before a text is parsed, which takes up to 30 times its own memory.
+
+    Raises:
+        Reject: longer than 8 MiB.
+    """
+    if len(text) > MAX_BYTES:
+        size = f"{len(text) / 2**20:.1f} MiB of text; must be ≤ {MAX_BYTES >> 20} MiB"
+        raise Reject("source", f"{size}: leave out what is neither structure nor label")
 
 
 def numbers(values: Any, shape: tuple[int, ...] | None, name: str) -> FloatArray:

@@ -4,7 +4,6 @@ recomputed sample. Shards are shared out over the ranks."""
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import sha256_of
 from cluster.mpi import OneProcess, Ranks
-from featurization.account import read_rejects, unaccounted
+from featurization.account import read_rejects, rejected_records, unaccounted
 from featurization.config import FeaturizationConfig
-from featurization.crystal import Reject
 from featurization.duplicates import Double, duplicates
 from featurization.journal import read_plan
 from featurization.manifest import read_manifest
-from featurization.records import Source
+from featurization.origin import GROWN
+from featurization.recompute import recompute
 from featurization.shards import Entry, content_hash, read_shard
 from featurization.sources import open_source
-from featurization.worker import featurize_one
 
 
 @dataclass
@@ -50,14 +48,15 @@ def verify(
     Args:
         folder: what `featurize` wrote.
         specs: where each source is now, see `check_specs`; without them, or of one that is not
-            there, nothing is recomputed, and the answer says so.
+            there or not what it was, nothing is recomputed, and the answer says so.
         sample: crystals to compute again, chosen at random.
         ranks: those of the job; alone if None.
 
     Returns:
-        `ok`, `structures`, `rejected`, `points`, `content_hash`, `recomputed`, `note`, `damaged`,
-        files that a repair would make again, and `problems`, a list of sentences that is empty
-        when ok. On every rank the same.
+        `ok`, `structures`, `rejected`, `points`, `content_hash`, `recomputed`, `sources` (of each
+        its `spec` and `state`: "as it was", "grown since", "absent", "changed: …", "another: …";
+        the last two are problems), `note`, `damaged`, files that a repair would make again, and
+        `problems`, a list of sentences that is empty when ok. On every rank the same.
 
     Raises:
         UserError: there is no manifest, or it is malformed.
@@ -81,8 +80,7 @@ def verify(
             whole.structures += each.structures
             whole.points += each.points
             whole.chosen = sorted(whole.chosen + each.chosen, key=lambda pair: pair[0])[:sample]
-        sources = [_opened(spec, config) for spec in specs]
-        answer = _conclude(folder, manifest, config, whole, doubles, sources)
+        answer = _conclude(folder, manifest, config, whole, doubles, specs)
     answer = ranks.broadcast(answer)
     assert answer is not None
     return dict(answer)
@@ -92,8 +90,8 @@ def check_specs(folder: Path, given: Sequence[str]) -> list[str]:
     """Where the sources of a dataset are now.
 
     Args:
-        given: one word a source in the order in which they were appended, or nothing: where
-            they were when the dataset was made.
+        given: one word a source in the order in which they were appended, that of an unfinished
+            append included or not; or nothing: where they were when the dataset was made.
 
     Raises:
         UserError: there is no manifest, or `given` are not as many, or are no sources.
@@ -101,21 +99,16 @@ def check_specs(folder: Path, given: Sequence[str]) -> list[str]:
     manifest = read_manifest(folder)
     if not given:
         return [part["spec"] for part in manifest["sources"]]
-    if len(given) != len(manifest["sources"]):
+    count, plan = len(manifest["sources"]), read_plan(folder)
+    unfinished = plan is not None and plan.part == count
+    if len(given) not in (count, count + unfinished):
         raise UserError(
-            f"{len(given)} sources are given, {folder} was made of {len(manifest['sources'])}",
+            f"{len(given)} sources are given, {folder} was made of {count}",
             remedy="give --source once for each, in the order in which they were appended",
         )
     for spec in given:
         open_source(spec)
     return list(given)
-
-
-def _opened(spec: str, config: FeaturizationConfig) -> Source | None:
-    try:
-        return open_source(spec, id_prop_label=config.id_prop_label)
-    except UserError:
-        return None
 
 
 def _check_shards(folder: Path, rows: list[dict[str, Any]], sample: int) -> _Found:
@@ -159,7 +152,7 @@ def _conclude(
     config: FeaturizationConfig,
     found: _Found,
     doubles: Sequence[Double],
-    sources: Sequence[Source | None],
+    specs: Sequence[str],
 ) -> dict[str, Any]:
     problems, damaged = found.problems, found.damaged
     for key, count in (("structures", found.structures), ("points", found.points)):
@@ -174,7 +167,8 @@ def _conclude(
     listed = {row["file"] for row in manifest["shards"]}
     plan = read_plan(folder)
     if plan is not None:
-        problems.append(f"a run is unfinished here; give it again: xtal featurize {plan.spec} …")
+        what = f"an append of {plan.spec}" if plan.part == len(manifest["sources"]) else "a repair"
+        problems.append(f"{what} is unfinished here; to finish it: xtal verify {folder} --repair")
     for path in sorted((folder / "shards").glob("*.h5")):
         own = plan is not None and path.name.startswith(f"shard-{plan.part:03d}-")
         if f"shards/{path.name}" not in listed and not own:
@@ -187,21 +181,25 @@ def _conclude(
         problems += wrong
         damaged += [name] if wrong else []
     if "rejects.csv" not in damaged:
-        missing = unaccounted(folder, manifest)
+        missing = unaccounted(manifest, rejected_records(folder))
         problems += [sentence for _, _, sentence in missing]
         damaged += [file for _, file, _ in missing if file]
-    recomputed = 0
-    for problem in _recompute(sources, manifest, [entry for _, entry in found.chosen], config):
-        recomputed += 1
-        problems += [problem] if problem else []
+    again = recompute(specs, manifest, [entry for _, entry in found.chosen], config)
+    problems += again.problems
+    notes = ["nothing was recomputed: see sources"] * bool(found.chosen and not again.count)
+    if any(source["state"] == GROWN for source in again.sources):
+        notes.append(
+            f"what is new in a source that has grown: xtal featurize SOURCE {folder} --append"
+        )
     return {
         "ok": not problems,
         "structures": found.structures,
         "rejected": manifest["rejected"],
         "points": found.points,
         "content_hash": total,
-        "recomputed": recomputed,
-        "note": "" if recomputed or not found.chosen else "nothing was recomputed: no source found",
+        "recomputed": again.count,
+        "sources": again.sources,
+        "note": "; ".join(notes),
         "damaged": sorted(set(damaged)),
         "problems": problems,
     }
@@ -239,8 +237,8 @@ def _check_rejects(path: Path, manifest: dict[str, Any]) -> list[str]:
     expected = manifest["rejected"]
     try:
         rows = sum(1 for _ in read_rejects(path))
-    except ValueError as error:  # bad UTF-8, csv.Error's cause
-        return [f"rejects.csv cannot be read: {error}"]
+    except UserError as error:
+        return [error.problem]
     return [] if rows == expected else [f"rejects.csv has {rows} rows, the manifest {expected}"]
 
 
@@ -253,42 +251,3 @@ def _check_virtual(path: Path, manifest: dict[str, Any]) -> list[str]:
     if found != (manifest["structures"], manifest["points"], manifest["points"]):
         return [f"dataset.h5 shows {found[0]} structures and {found[1]} points"]
     return []
-
-
-def _recompute(
-    sources: Sequence[Source | None],
-    manifest: dict[str, Any],
-    chosen: list[Entry],
-    config: FeaturizationConfig,
-) -> list[str]:
-    """For each chosen crystal of a source that is there, "" or how its new cloud differs."""
-    answers, first = [], 0
-    for source, part in zip(sources, manifest["sources"], strict=False):
-        beyond = first + part["records"]
-        own = {e.source_index - first: e for e in chosen if first <= e.source_index < beyond}
-        if source is not None and own:
-            for record in islice(source.records(), max(own) + 1):
-                if entry := own.pop(record.index, None):
-                    answers.append(_compare(source, record, entry, config))
-            answers += [f"{entry.id} is not in the source any more" for entry in own.values()]
-        first = beyond
-    return answers
-
-
-def _compare(source: Source, record: Any, entry: Entry, config: FeaturizationConfig) -> str:
-    try:
-        again = featurize_one(source, record, config)
-    except (Reject, UserError) as error:
-        return f"{entry.id} cannot be computed again: {error}"
-    same = (
-        again.id == entry.id
-        and np.array_equal(again.cloud.hkl, entry.cloud.hkl)
-        and np.allclose(again.cloud.q, entry.cloud.q, rtol=1e-6, atol=1e-9)
-        and np.allclose(again.cloud.intensity, entry.cloud.intensity, rtol=1e-4, atol=1e-12)
-        and np.allclose(again.cloud.also, entry.cloud.also, rtol=1e-4, atol=1e-12)
-        and (again.group, again.formula) == (entry.group, entry.formula)
-        and np.allclose(again.lattice, entry.lattice, rtol=1e-6, atol=1e-9)
-        and again.symmetry == entry.symmetry
-        and dict(again.labels) == dict(entry.labels)
-    )
-    return "" if same else f"{entry.id} differs from what its source gives"

@@ -26,6 +26,9 @@ from featurization.validation import crystal_from_arrays
 
 # A rank that goes on without a commit for longer would lose too much when it is killed, s.
 _COMMIT_AFTER = 300.0
+_MAX_ID = 256
+# Characters of an id or a reason in rejects.csv; readers of CSV refuse fields of 128 KiB.
+_MAX_SHOWN = 300
 # Columns of the board.
 _SEEN, _REJECTED, _BUSY_MS, _FINISHED = range(4)
 WIDTH = 4
@@ -47,13 +50,16 @@ def featurize_one(source: Source, record: Record, config: FeaturizationConfig) -
     Raises:
         Reject: with the stage and the reason; nothing else, whatever the record holds.
     """
-    return _entry(_parsed(source, record, config), record.index, config)
+    return entry_of(crystal_of(source, record, config), record.index, config)
 
 
-def _parsed(source: Source, record: Record, config: FeaturizationConfig) -> Crystal:
+def crystal_of(source: Source, record: Record, config: FeaturizationConfig) -> Crystal:
+    """The first half of `featurize_one`: a crystal within the limits of `config`."""
     crystal = source.parse(record)
     if not crystal.id or not crystal.id.isprintable():
         raise Reject("source", f"id {crystal.id!r} is empty or has unprintable characters")
+    if len(crystal.id) > _MAX_ID:
+        raise Reject("source", f"id of {len(crystal.id)} characters; at most {_MAX_ID}")
     if len(crystal.species) > config.max_atoms:
         atoms = f"{len(crystal.species)} atoms exceed max_atoms = {config.max_atoms}"
         raise Reject("structure", atoms)
@@ -62,7 +68,8 @@ def _parsed(source: Source, record: Record, config: FeaturizationConfig) -> Crys
     return crystal
 
 
-def _entry(crystal: Crystal, index: int, config: FeaturizationConfig) -> Entry:
+def entry_of(crystal: Crystal, index: int, config: FeaturizationConfig) -> Entry:
+    """The second half of `featurize_one`, given the record's number."""
     try:
         standard, symmetry = standardize(crystal, config.cell, config.symprec)
         formula = standard.reduced_formula
@@ -111,7 +118,7 @@ class Worker:
     def work(self, progress: Callable[[Progress], None]) -> None:
         records = Records(self.source, self.out / FOLDER, self.start.plan.index)
         marker = self.out / FOLDER / f"at-{self.start.attempt:04d}-{self.ranks.rank:05d}"
-        _warm_up(self.config)
+        warm_up(self.config)
         if self.ranks.rank == 0:
             progress(self.so_far())
         with full_disk_explained(self.out), Guard(marker, self.config.max_seconds) as guard:
@@ -135,7 +142,7 @@ class Worker:
         shown = time.monotonic()
         for block in blocks:
             span = block * plan.block, min((block + 1) * plan.block, plan.index.count)
-            if not self._block(list(records.read(*span)), guard):
+            if not self._block(records.read(*span), guard):
                 break
             self.ranges.append(span)
             guard.rest()
@@ -154,11 +161,11 @@ class Worker:
         while (first := self.board.claim(step)) < len(remaining):
             yield from (int(block) for block in remaining[first : first + step])
 
-    def _block(self, records: list[Record], guard: Guard) -> bool:
+    def _block(self, records: Iterable[Record], guard: Guard) -> bool:
         """Featurize a block whole; False, and nothing of it kept, if a signal comes before."""
         begun = time.process_time()
         entries, rejects, present = [], [], 0
-        for record in records:
+        for record in records:  # one at a time: they can be large
             if self.signals.received:
                 self.board.stop()
                 return False
@@ -184,7 +191,7 @@ class Worker:
         self.bytes += sum(entry.nbytes for entry in entries)
         self.rejects += rejects
         self.present += present
-        self.row[_SEEN] += len(records)
+        self.row[_SEEN] += len(entries) + len(rejects) + present
         self.row[_REJECTED] += len(rejects)
         self.row[_BUSY_MS] += round(1e3 * (time.process_time() - begun))
         self.board.post(self.row)
@@ -194,10 +201,10 @@ class Worker:
         """None if the dataset has this id since an earlier part."""
         if record.index in self.start.poisoned:
             raise Reject("guard", self.start.poisoned[record.index])
-        crystal = _parsed(self.source, record, self.config)
+        crystal = crystal_of(self.source, record, self.config)
         if crystal.id in self.start.known:
             return None
-        return _entry(crystal, self.start.plan.first_record + record.index, self.config)
+        return entry_of(crystal, self.start.plan.first_record + record.index, self.config)
 
     def _due(self) -> bool:
         return (
@@ -217,7 +224,13 @@ class Worker:
             shard = write_shard(path, self.entries, self.config)
             shard |= {"part": plan.part, "records": joined(self.ranges), "present": self.present}
             self.shards += 1
-        check_owner(self.out, self.start.owner)
+        try:
+            check_owner(self.out, self.start.owner)
+        except RunFailed:
+            if shard:
+                # The run that took over may have looked for leftovers before this one was there.
+                (self.out / shard["file"]).unlink(missing_ok=True)
+            raise
         commit = Commit(shard, joined(self.ranges), self.rejects, self.present)
         write_commit(self.out, self.start.attempt, self.ranks.rank, commit)
         self.log.say(f"committed {len(self.entries)} crystals, {len(self.rejects)} rejects")
@@ -246,14 +259,14 @@ class Worker:
             progress(self.so_far())
 
 
-def _warm_up(config: FeaturizationConfig) -> None:
+def warm_up(config: FeaturizationConfig) -> None:
     """Load tables and compiled kernels before a crystal's time is measured and limited."""
     with suppress(Reject):
         one = np.zeros(1, dtype=np.int64)
         copper = crystal_from_arrays(
             "", 4.0 * np.eye(3), np.zeros((1, 3)), ["Cu"], np.ones(1), one, {}
         )
-        _entry(copper, 0, config)
+        entry_of(copper, 0, config)
 
 
 @contextmanager
@@ -271,6 +284,7 @@ def full_disk_explained(out: Path) -> Iterator[None]:
 
 
 def _writable(text: str) -> str:
-    """Broken encodings and line ends made visible."""
-    visible = text.encode("utf-8", "backslashreplace").decode()
+    """Broken encodings and line ends made visible; what is long is shortened."""
+    short = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"
+    visible = short.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in visible)

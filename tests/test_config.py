@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny import ROOT, command
@@ -14,6 +14,7 @@ from cluster.config import build_config, read_toml
 from cluster.errors import UserError
 from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
+from featurization.selection import miller_half
 
 
 def build(**values: Any) -> FeaturizationConfig:
@@ -72,6 +73,55 @@ def test_wrong_values_are_named(name: str, value: Any) -> None:
     assert name in error.value.remedy
 
 
+@settings(deadline=None)  # a shared machine is slow at times
+@given(st.integers(1, 50), st.integers(1, 10**6))
+def test_a_selection_that_no_crystal_can_have_is_refused(m: int, most: int) -> None:
+    points = len(miller_half(m))
+    if points <= most:
+        build(selection=f"miller:{m}", max_points=most)
+        return
+    with pytest.raises(UserError) as error:
+        build(selection=f"miller:{m}", max_points=most)
+    assert f"c.toml: selection = miller:{m} has {points:,} points" in error.value.problem
+    assert f"max_points = {most:,}" in error.value.problem
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flag", "said"),
+    [
+        ("id_prop_label", "3x", "--label", "--label 3x: must be letters, digits and _"),
+        ("b_iso", -1.0, "--b-iso", "--b-iso -1.0: must be ≥ 0"),
+        ("symprec", 2.0, "--symprec", "--symprec 2.0: must be ≤ 1"),
+        ("also_radiation", ["gamma"], "--radiation", "--radiation gamma: must be 'xray', "),
+        ("selection", "cube:3", "--selection", "--selection cube:3: must be miller:m (whole m"),
+    ],
+)
+def test_a_wrong_flag_is_called_what_the_user_calls_it(
+    name: str, value: Any, flag: str, said: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        build_config(FeaturizationConfig, {name: value}, where="c.toml", flags={name: flag})
+    assert error.value.problem.startswith(said)
+    assert error.value.remedy.startswith(f"{flag}: ")
+    assert not any(
+        word in str(error.value) for word in ("c.toml", "Input", "Value error", "valid ")
+    )
+    assert name == flag.removeprefix("--").replace("-", "_") or name not in str(error.value)
+
+
+def test_a_number_is_no_boolean() -> None:
+    with pytest.raises(UserError, match=r"shard_mib = True: must be a number.*symprec = False"):
+        build(shard_mib=True, symprec=False)
+
+
+def test_the_key_of_a_wrong_value_is_explained() -> None:
+    with pytest.raises(UserError) as error:
+        build(b_iso="much")
+    assert error.value.problem == "c.toml: b_iso = 'much': must be a valid number"
+    assert "Debye" in error.value.remedy
+    assert "max_points" not in error.value.remedy
+
+
 def test_all_wrong_values_are_named_at_once() -> None:
     with pytest.raises(UserError) as error:
         build(symprec=-1, cell="x", colour="red")
@@ -99,9 +149,9 @@ def test_files_that_are_not_toml(tmp_path: Path, data: bytes | None) -> None:
 @given(st.integers(-5, 60))
 def test_miller(m: int) -> None:
     if 1 <= m <= 50:
-        config = build(selection=f"miller:{m}")
+        config = build(selection=f"miller:{m}", max_points=515_151)
         assert (config.miller_limit, config.q_max, config.drops_absences) == (m, None, False)
-        assert build(selection=f"miller:{m}.0") == config
+        assert build(selection=f"miller:{m}.0", max_points=515_151) == config
     else:
         with pytest.raises(UserError, match="miller"):
             build(selection=f"miller:{m}")

@@ -32,7 +32,7 @@ def test_ci_runs_the_test_command_of_the_readme_word_for_word() -> None:
 def test_the_readme_names_each_module() -> None:
     text = (ROOT / "README.md").read_text()
     packages = ("cluster", "featurization", "training", "ablation")
-    modules = [p for package in packages for p in (ROOT / package).glob("*.py")]
+    modules = [p for package in packages for p in (ROOT / package).rglob("*.py")]
     missing = [str(p.relative_to(ROOT)) for p in modules if p.name not in text]
     assert [m for m in missing if not m.endswith("__init__.py")] == []
 

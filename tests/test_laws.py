@@ -200,8 +200,8 @@ def test_points_on_the_sphere_are_inside_in_every_cell() -> None:
 def test_too_many_points_are_rejected() -> None:
     with pytest.raises(Reject, match="max_points"):
         diffraction_cloud(rutile(), config("sphere:3", max_points=200))
-    with pytest.raises(Reject, match="max_points"):
-        diffraction_cloud(rutile(), config("miller:4", max_points=200))
+    with pytest.raises(ValueError, match="365 points of every crystal, more than max_points = 200"):
+        config("miller:4", max_points=200)
 
 
 # --- the same crystal in another cell -----------------------------------------------------------

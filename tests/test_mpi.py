@@ -271,7 +271,7 @@ from cluster.mpi import ranks
 from featurization import resume, worker
 
 resume.BLOCK = 4
-one = worker._entry
+one = worker.entry_of
 
 def slowly(*arguments):
     time.sleep(0.1)  # so that the other rank gets a block, too
@@ -288,7 +288,7 @@ def fail(*_):
 if ranks().rank == 1:
     worker.write_shard = fail
 else:
-    worker._entry = slowly
+    worker.entry_of = slowly
 xtal.main()
 """
 

@@ -2,9 +2,11 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
+import os
 import random
 import zipfile
 from collections.abc import Callable
@@ -19,11 +21,17 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifWriter
 from pymatgen.io.vasp import Poscar
+from test_mpi import core, mpi, needs_mpi
+from tiny import SMALL, run
 
-from cluster.errors import UserError
+from cluster.errors import RunFailed, UserError
+from featurization import worker
+from featurization.account import read_rejects
 from featurization.crystal import Crystal, Reject
+from featurization.index import Index, Records, build_index
 from featurization.sources import Source, open_source
 from featurization.streams import StreamBroken, json_elements, lines, read_pieces
+from featurization.verify import verify
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HALITE = Structure.from_spacegroup(
@@ -443,6 +451,17 @@ def test_a_folder_with_a_table_with_header(folder: Path) -> None:
     assert [e.reason for e in rejects.values()] == ["not listed in id_prop.csv"]
 
 
+def test_which_of_several_files_a_row_means(folder: Path) -> None:
+    for name in ("halite.poscar", "halite.vasp", "halite.cif.gz"):
+        (folder / name).write_bytes((folder / "cesium.vasp").read_bytes())
+    files = {}
+    for id in ("halite", "halite.vasp", "halite.cif", "halite.cif.gz"):
+        (folder / "id_prop.csv").write_text(f"{id},1\n")
+        files[id] = next(open_source(str(folder)).records()).payload.path.name
+    assert files.pop("halite") == "halite.cif"
+    assert all(id == name for id, name in files.items())
+
+
 def test_the_hash_of_a_folder_sees_names_and_contents(folder: Path) -> None:
     hashes = {open_source(str(folder)).describe()["sha256"]}
     assert open_source(str(folder)).describe()["sha256"] in hashes
@@ -454,6 +473,255 @@ def test_the_hash_of_a_folder_sees_names_and_contents(folder: Path) -> None:
         change()
         hashes.add(open_source(str(folder)).describe()["sha256"])
     assert len(hashes) == 4
+
+
+def test_the_hash_of_a_folder_is_over_names_sizes_and_contents(folder: Path) -> None:
+    """As it was in every dataset made so far, whose unfinished runs it must let go on."""
+    (folder / "id_prop.csv").write_text("halite,1\n")
+    digest = hashlib.sha256()
+    for name in ("POSCAR_b", "cesium.vasp", "halite.cif", "id_prop.csv"):
+        data = (folder / name).read_bytes()
+        digest.update(f"{name}\0{len(data)}\0{hashlib.sha256(data).hexdigest()}\n".encode())
+    description = open_source(str(folder)).describe()
+    assert description["sha256"] == digest.hexdigest()
+    assert description["files"] == 3
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".zip", ".GZ"])
+def test_compressed_files_of_a_folder_are_read(folder: Path, suffix: str) -> None:
+    plain = read(folder)[0]
+    for path in sorted(folder.iterdir()):
+        (folder / f"{path.name}{suffix}").write_bytes(packed(path.read_bytes(), suffix.lower()))
+        path.unlink()
+    crystals, rejects = read(folder)
+    assert not rejects
+    assert list(crystals) == list(plain) == ["POSCAR_b", "cesium", "halite"]
+    for id, crystal in crystals.items():
+        assert crystal.composition == plain[id].composition
+        assert np.array_equal(crystal.positions, plain[id].positions)
+    (folder / "id_prop.csv").write_text(f"halite.cif,1\ncesium,2\nPOSCAR_b{suffix},3\n")
+    crystals, rejects = read(folder)
+    assert [crystal.labels for crystal in crystals.values()] == [{"target": i} for i in (1, 2, 3)]
+    assert not rejects
+    single = everything(open_source(str(folder / f"halite.cif{suffix}")))[0]
+    assert np.array_equal(single["halite"].positions, plain["halite"].positions)
+
+
+def test_a_poscar_is_not_unpacked_for_how_it_begins(tmp_path: Path) -> None:
+    """A zip file begins with PK, and so does a comment on potassium phosphide."""
+    (tmp_path / "POSCAR").write_text(Poscar(CESIUM, comment="PK3").get_str())
+    assert list(read(tmp_path)[0]) == ["POSCAR"]
+
+
+def odd(folder: Path) -> dict[str, str]:
+    """Put into a folder what cannot be read; id → how its reason begins."""
+    (folder / "gone.cif").symlink_to(folder / "nowhere.cif")
+    os.mkfifo(folder / "pipe.cif")
+    (folder / "folder.cif").mkdir()
+    (folder / "old.cif.bz2").write_bytes(b"BZh9")
+    (folder / "cut.vasp.gz").write_bytes(gzip.compress(bytes(999))[:-9])
+    (folder / "bomb.cif.gz").write_bytes(gzip.compress(bytes((64 << 20) + 1)))
+    (folder / "more" / "deep").mkdir(parents=True)
+    for name in ("a.cif", "b.vasp.gz", "README"):
+        (folder / "more" / "deep" / name).touch()
+    (folder / "link").symlink_to(folder / "more" / "deep")
+    (folder / "more" / "round").symlink_to(folder)
+    (folder / "self").symlink_to(".")
+    (folder / "empty").mkdir()
+    reasons = {
+        "bomb": "file is larger than 8 MiB",
+        "cut": "cannot be unpacked: the gzip data is cut off",
+        "folder": "is no file",
+        "gone": "is no file, or a link to nothing",
+        "old": ".bz2 is not read",
+        "pipe": "is no file",
+        "more/deep/": "2 structure files in a sub-folder",
+    }
+    if Path("/proc/self/mem").exists():  # not even the superuser can read its beginning
+        (folder / "locked.cif").symlink_to("/proc/self/mem")
+        reasons["locked"] = "cannot be read: Input/output error"
+    return reasons
+
+
+def test_what_cannot_be_read_of_a_folder_is_a_reject(folder: Path) -> None:
+    reasons = odd(folder)
+    crystals, _ = read(folder)
+    assert list(crystals) == ["POSCAR_b", "cesium", "halite"]
+    found = {}
+    for record in (source := open_source(str(folder))).records():
+        if record.id not in crystals:
+            with pytest.raises(Reject) as caught:
+                source.parse(record)
+            found[record.id] = caught.value.reason
+    assert found.keys() == reasons.keys()
+    assert all(found[id].startswith(reasons[id]) for id in reasons), found
+    assert list(found)[-1] == "more/deep/"
+
+
+def test_what_cannot_be_read_is_a_reject_with_a_table_too(folder: Path) -> None:
+    odd(folder)
+    (folder / "id_prop.csv").write_text("halite,1\ngone,2\n")
+    records = list((source := open_source(str(folder))).records())
+    assert [record.id for record in records[:2]] == ["halite", "gone"]
+    rejects = everything(source)[1]
+    assert "link to nothing" in rejects[1].reason
+    reasons = [rejects[record.index].reason for record in records[2:]]
+    nothing = {"README", "empty", "id_prop.csv", "link", "self"}
+    assert len(reasons) == len(set(os.listdir(folder)) - nothing) - 2
+    assert set(reasons[:-1]) == {"not listed in id_prop.csv"}
+    assert "sub-folder" in reasons[-1]
+
+
+def test_the_hash_of_a_folder_sees_what_cannot_be_read(folder: Path) -> None:
+    hashes = []
+    for change in (
+        lambda: None,
+        lambda: (folder / "gone.cif").symlink_to("nowhere"),
+        lambda: (folder / "more").mkdir(),
+        lambda: (folder / "more" / "a.cif").touch(),
+        lambda: (folder / "more" / "b.cif").touch(),
+    ):
+        change()
+        hashes.append(open_source(str(folder)).describe()["sha256"])
+    assert hashes[2] == hashes[1]  # an empty folder is nothing
+    assert len(set(hashes)) == 4
+
+
+def test_a_table_that_is_broken_further_down(folder: Path) -> None:
+    rows = "halite,1\n" + "".join(f"no-{i},0\n" for i in range(5000))
+    (folder / "id_prop.csv").write_bytes(rows.encode() + b"caf\xe9,1\n")
+    source = open_source(str(folder))
+    with pytest.raises(UserError, match="UTF-8"):
+        source.describe()
+    assert "id_prop.csv cannot be read" in list(everything(source)[1].values())[-1].reason
+    (folder / "id_prop.csv").unlink()
+    (folder / "id_prop.csv").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"id_prop\.csv cannot be read"):
+        open_source(str(folder))
+    (folder / "id_prop.csv").unlink()
+    os.mkfifo(folder / "id_prop.csv")  # opened, it would wait for a writer
+    with pytest.raises(UserError, match=r"id_prop\.csv cannot be read: is no file"):
+        open_source(str(folder))
+
+
+def test_the_index_of_a_folder_gives_its_records(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd(folder)
+    os.close(os.open(os.fsencode(folder) + b"/odd-\xff.cif", os.O_CREAT))
+    table = "id,band_gap\nhalite,0.1\ncesium,1e-17\nnothing,2\nPOSCAR_b\n"
+    for name in ("README", "id_prop.csv"):  # without a table, and with one
+        (folder / name).write_text(table)
+        source = open_source(str(folder))
+        index = build_index(source, tmp_path)
+        assert index == Index(len(list(source.records())), None)
+        with monkeypatch.context() as others:
+            others.setattr(os, "walk", None)
+            other = open_source(str(folder))
+            others.setattr(os, "scandir", None)  # it is not listed again
+            found = list(Records(other, tmp_path, index).read(0, 99))
+        assert found == list(source.records())
+        assert [record.index for record in found] == list(range(index.count))
+
+
+@pytest.mark.parametrize("change", ["grow", "vanish", "edit"])
+def test_a_folder_that_changes_meanwhile(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """A new file belongs to another source; one that is not what it was ends the run."""
+    expected = run(folder, tmp_path / "expected")["content_hash"]
+    original = worker.standardize
+
+    def standardize(crystal: Crystal, *arguments: Any) -> Any:
+        if crystal.id == "POSCAR_b" and change == "grow":
+            (folder / "late.vasp").write_text(Poscar(CESIUM).get_str())
+        elif crystal.id == "POSCAR_b" and change == "vanish":
+            (folder / "halite.cif").unlink()
+        elif crystal.id == "POSCAR_b":
+            (folder / "POSCAR_b").write_text(Poscar(CESIUM).get_str())
+        return original(crystal, *arguments)
+
+    monkeypatch.setattr(worker, "standardize", standardize)
+    if change != "grow":
+        with pytest.raises(RunFailed, match="files of the source changed"):
+            run(folder, tmp_path / "out")
+        return
+    assert run(folder, tmp_path / "out")["content_hash"] == expected
+    with pytest.raises(UserError, match=r"source\.files: 3 there, 4 asked for"):
+        run(folder, tmp_path / "out")
+
+
+# Ranks other than 0 fail if they list the source; its first entry tells that there is something.
+LISTED_ONCE = """
+import os, sys
+import xtal
+from cluster.mpi import ranks
+
+source, scandir, listdir = sys.argv[2], os.scandir, os.listdir
+
+class First:
+    def __init__(self, entries):
+        self.entries, self.left = entries, 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.entries.close()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("listed again")
+        return next(self.entries)
+
+if ranks().rank:
+    os.scandir = lambda path=".": First(scandir(path)) if str(path) == source else scandir(path)
+    os.listdir = lambda path=".": listdir(None if str(path) == source else path)
+xtal.main()
+"""
+
+
+@needs_mpi
+def test_a_folder_on_many_ranks_is_listed_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun by one process, finished by three, within the source: what one process gives."""
+    source, out = tmp_path / "in", tmp_path / "in" / "many"
+    source.mkdir()
+    reasons = odd(source)
+    for i in range(24):
+        cell = Structure(Lattice.cubic(4 + i / 50), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+        name = f"c{i % 20}.{'poscar' if i < 20 else 'vasp'}"
+        (source / name).write_text(Poscar(cell).get_str())
+    config = SMALL.model_copy(update={"shard_structures": 2})
+    settings = tmp_path / "c.toml"
+    settings.write_text('selection = "miller:2"\nshard_structures = 2\n')
+
+    def killed(crystal: Crystal, *_: Any) -> Any:
+        if crystal.id == "c5":
+            raise KeyboardInterrupt
+        return standardize(crystal, *_)
+
+    standardize = worker.standardize
+    with monkeypatch.context() as first:
+        first.setattr(worker, "standardize", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, out, config)
+    assert list((out / "shards").iterdir())
+    done = mpi(3, "-c", LISTED_ONCE, "featurize", source, out, "--config", settings)
+    assert done.returncode == 0, done.stderr
+    run(source, tmp_path / "one", config)
+    assert core(out) == core(tmp_path / "one")
+    assert core(out)["structures"] == 20
+    rows = {row[0]: row[2] for row in read_rejects(out / "rejects.csv")}
+    doubles = {id for id, reason in rows.items() if reason.startswith("duplicate id")}
+    assert doubles == {"c0", "c1", "c2", "c3"}
+    assert rows.keys() - doubles == reasons.keys()
+    assert verify(out, [str(source)])["problems"] == []
 
 
 def test_one_file_is_a_source(folder: Path) -> None:

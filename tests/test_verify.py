@@ -1,6 +1,8 @@
 """`verify` finds every kind of damage, and says of a good dataset that it is good."""
 
 import csv
+import gzip
+import hashlib
 import json
 import random
 import shutil
@@ -12,17 +14,22 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import SMALL, broken, command, document, run, write_lines
 
 from cluster.errors import UserError
 from cluster.files import sha256_of
+from featurization import recompute, worker
+from featurization.account import read_rejects
+from featurization.origin import state_of
 from featurization.shards import content_hash, read_shard
+from featurization.sources import open_source
 from featurization.verify import verify
 
 FIRST, LAST = "shards/shard-000-0001-00000-00000.h5", "shards/shard-000-0001-00000-00002.h5"
-KEYS = ["ok", "structures", "rejected", "points", "content_hash", "recomputed", "note"]
+KEYS = ["ok", "structures", "rejected", "points", "content_hash", "recomputed", "sources", "note"]
 KEYS += ["damaged", "problems"]
 
 
@@ -286,21 +293,115 @@ def test_source_that_changed(original: Path, dataset: Path, tmp_path: Path) -> N
         ("reject", "".join(lines).replace('"Cl"', '"Qq"')),
         ("nothing", ""),
     ):
-        (tmp_path / "s.jsonl").write_text(text)
-        answer = verify(dataset, [str(tmp_path / "s.jsonl")], sample=10)
-        assert answer["ok"] is False, name
-        assert answer["recomputed"] > 0
+        for file, word in (("s.jsonl", "changed"), ("t.jsonl", "another")):
+            (tmp_path / file).write_text(text)
+            answer = verify(dataset, [str(tmp_path / file)], sample=10)
+            assert answer["ok"] is False, name
+            # What is another source cannot testify against the dataset.
+            assert answer["recomputed"] == 0
+            assert answer["damaged"] == []
+            [problem] = answer["problems"]
+            assert f"source 0, {tmp_path / file}, is not what" in problem
+            [state] = [each["state"] for each in answer["sources"]]
+            assert state.startswith(f"{word}: ")
+            assert "sha256 was '" in state
+            assert verify(dataset, [str(tmp_path / file)], sample=0)["ok"]
 
 
-def test_each_crystal_is_sampled_some_time(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_of_the_source(
+    original: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def state(spec: str | Path, **more: Any) -> str:
+        answer = verify(dataset, [str(spec)], **more)
+        assert answer["ok"]
+        assert bool(answer["note"]) == (answer["recomputed"] == 0 and more.get("sample") != 0)
+        return str(answer["sources"][0]["state"])
+
+    assert state(original / "s.jsonl") == "as it was"
+    assert state(shutil.copy(original / "s.jsonl", tmp_path / "moved.jsonl")) == "as it was"
+    assert state(original / "s.jsonl", sample=0) == "not compared"
+    assert state(tmp_path / "gone.jsonl") == "absent"
+    (tmp_path / "s.txt").write_text("")
+    assert "is of no known format" in state(tmp_path / "s.txt")
+    # One byte more, which no crystal shows.
+    longer = tmp_path / "s.jsonl"
+    longer.write_text("\n" + (original / "s.jsonl").read_text())
+    assert not verify(dataset, [str(longer)])["ok"]
+    monkeypatch.setattr(recompute, "state_of", lambda *_: "as it was")
+    assert verify(dataset, [str(longer)])["recomputed"] == 10
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "json"])
+def test_only_what_is_read_in_place_can_have_grown(
+    original: Path, tmp_path: Path, kind: str
+) -> None:
+    """What follows in another file is not simply one more record."""
+    documents = (original / "s.jsonl").read_bytes()
+    pack = {"gz": gzip.compress, "zst": zstandard.compress, "json": bytes}[kind]
+    data = pack(documents if kind != "json" else b"[%s]" % b",".join(documents.splitlines()))
+    source = tmp_path / ("s.json" if kind == "json" else f"s.jsonl.{kind}")
+    source.write_bytes(data)
+    run(source, tmp_path / "out")
+    source.write_bytes(data + pack(b"\n"))
+    [state] = [each["state"] for each in verify(tmp_path / "out", [str(source)])["sources"]]
+    assert state.startswith("changed: ")
+
+
+@given(lines=st.lists(st.binary(max_size=8)), at=st.integers(0, 60), more=st.binary(max_size=8))
+def test_growth_is_a_beginning_of_whole_lines(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], at: int, more: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    before = b"\n".join(lines)
+    listed = {"kind": "jsonl", "path": path.name, "sha256": hashlib.sha256(before).hexdigest()}
+    path.write_bytes(before + more)
+    expected = "as it was" if not more else "grown since"
+    if more and before and not before.endswith(b"\n") and not more.startswith(b"\n"):
+        expected = "changed: "
+    source = open_source(str(path))
+    if not source.in_place:  # it looks like an archive
+        expected = "changed: " if more else "as it was"
+    if before or not more:
+        assert state_of(source, listed).startswith(expected)
+    data = bytearray(before + more)
+    if at < len(before):
+        data[at] ^= 1
+        path.write_bytes(data)
+        assert state_of(open_source(str(path)), listed).startswith("changed: ")
+
+
+@pytest.mark.parametrize("size", [1000, 1 << 17, 1 << 20])
+def test_rejects_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """As they were written before there was a limit, which other tables still have."""
+    monkeypatch.setattr(worker, "_writable", lambda text: text)
+    source = write_lines(tmp_path / "s.jsonl", [document("a"), broken("Q" * size), broken("x, y")])
+    run(source, tmp_path / "out")
+    limit = csv.field_size_limit()
+    rows = list(read_rejects(tmp_path / "out" / "rejects.csv"))
+    assert [row[0] for row in rows] == ["Q" * size, "x, y"]
+    assert csv.field_size_limit() == limit
+    assert verify(tmp_path / "out", [str(source)])["problems"] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["a,b,c\n", "a,b,c,d\n", 'a,b,"c,4\n', "a,b,c,-1\n", "\n", "a,b,c,4\n\xff"]
+)
+def test_rejects_that_are_no_table(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rejects.csv"
+    path.write_text("id,stage,reason,source_index\n" + text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"rejects\.csv cannot be read.*\n.*--repair"):
+        list(read_rejects(path))
+
+
+def test_each_crystal_is_sampled_some_time(
+    dataset: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = random.Random(1)
     monkeypatch.setattr(random, "SystemRandom", lambda: generator)
-    # A source that has nothing names each crystal that was chosen.
-    empty = dataset.parent / "e.jsonl"
-    empty.write_text("")
+    monkeypatch.setattr(recompute, "_compare", lambda *words: f"{words[2].id} is chosen")
     seen: dict[str, int] = {}
     for _ in range(40):
-        problems = verify(dataset, [str(empty)], sample=3)["problems"]
+        problems = verify(dataset, [source], sample=3)["problems"]
         assert len(problems) == 3
         for problem in problems:
             seen[problem] = seen.get(problem, 0) + 1
@@ -327,6 +428,10 @@ def test_command(
     moved = answer()
     assert moved["ok"] is True
     assert moved["recomputed"] == 0
+    gone = {"spec": str(tmp_path / "gone.jsonl"), "state": "absent"}
+    assert moved["sources"] == [gone]
+    assert command(monkeypatch, "verify", dataset) == 0
+    assert f"\nsource {tmp_path / 'gone.jsonl'}: absent\n" in capsys.readouterr().out
     assert answer("--source", original / "s.jsonl")["recomputed"] == 10
     assert command(monkeypatch, "verify", dataset, "--source", tmp_path / "gone.jsonl") == 2
     assert "gone.jsonl" in capsys.readouterr().err
