@@ -20,8 +20,8 @@ from cluster.terminal import bar, complain, err, options_from, out, summary, thr
 app = typer.Typer(
     name="xtal",
     help="Ask whether the structure of a crystal alone, without chemistry, tells what it does. "
-    "Verbs in the order of the data: featurize, inspect, verify, train, evaluate, ablate, report; "
-    "demo does all of them. --debug anywhere shows the traceback of an error.",
+    "Verbs in the order of the data: featurize, inspect, verify, train, evaluate, predict, ablate, "
+    "report; demo does all of them. --debug anywhere shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -76,7 +76,10 @@ def featurize(
         bool, typer.Option("--append", help="Add the new ids of SOURCE to the dataset in OUT.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Time a sample, say what to expect, write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what is to do in OUT and what it takes; write nothing."
+        ),
     ] = False,
 ) -> None:
     """Turn crystals into diffraction clouds: OUT/shards, manifest.json, rejects.csv, dataset.h5.
@@ -90,7 +93,7 @@ def featurize(
 
     ranks = mpi_ranks()
     with _fatal_for_all(ranks):
-        several = radiation.split(",") if radiation is not None else []
+        several = [each.strip() for each in radiation.split(",")] if radiation is not None else []
         flags = {
             "radiation": several[0] if several else None,
             "also_radiation": several[1:] or None,
@@ -103,9 +106,13 @@ def featurize(
         }
         settings = agree(ranks, lambda: _settings(FeaturizationConfig, config, flags))
         if dry_run:
-            expected = agree(ranks, lambda: forecast(source, settings, ranks))
+            expected = agree(
+                ranks, lambda: forecast(source, dataset, settings, ranks, append=append)
+            )
             if ranks.rank == 0:
-                summary(f"{source}: what to expect; nothing was written", expected)
+                summary(f"{source}: what to expect; nothing was written", expected.rows)
+            for warning in expected.warnings:
+                complain("warning", warning)
             return
         with throughput(ranks.rank == 0, ranks.size) as update:
             manifest = run(source, dataset, settings, ranks, progress=update, append=append)
@@ -176,6 +183,12 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Set what is damaged aside and do its crystals again.")
     ] = False,
+    retry: Annotated[
+        bool,
+        typer.Option(
+            "--retry", help="Do again what was rejected for its time or its process's death."
+        ),
+    ] = False,
     sample: Annotated[int, typer.Option(help="Crystals to compute again.", min=0)] = 16,
     config: OptionsFile = None,
     as_json: AsJson = False,
@@ -185,24 +198,34 @@ def verify(
     Runs under mpiexec and srun as featurize does.
     """
     from featurization.repair import repair as mend
+    from featurization.restore import restore
     from featurization.verify import check_specs
     from featurization.verify import verify as run
 
     ranks = mpi_ranks()
     with _fatal_for_all(ranks):
+        repaired: list[str] = []
+        if repair:
+            with throughput(ranks.rank == 0, ranks.size) as update:
+                repaired += ["manifest.json"] * restore(dataset, source or [], ranks, update)
         specs = agree(ranks, lambda: check_specs(dataset, source or []))
         answer = run(dataset, specs, sample, ranks)
-        if repair and not answer["ok"]:
+        if retry or (repair and not answer["ok"]):
+            repaired += answer["damaged"]
             with throughput(ranks.rank == 0, ranks.size) as update:
-                mend(dataset, answer["damaged"], specs, ranks, update)
+                mend(dataset, answer["damaged"], specs, ranks, update, retry=retry)
             specs = agree(ranks, lambda: check_specs(dataset, source or []))
-            answer = run(dataset, specs, sample, ranks) | {"repaired": answer["damaged"]}
+            answer = run(dataset, specs, sample, ranks)
+        answer |= {"repaired": repaired} if repair or retry else {}
     if ranks.rank != 0:
         raise typer.Exit(0 if answer["ok"] else 1)
     if as_json:
         print(json.dumps(answer, indent=1))
     else:
-        summary(f"dataset {dataset}", {k: v for k, v in answer.items() if k != "problems"})
+        listed = ("sources", "problems")
+        summary(f"dataset {dataset}", {k: v for k, v in answer.items() if k not in listed})
+        for each in answer["sources"]:
+            out.print(f"source {each['spec']}: {each['state']}", soft_wrap=True)
         for problem in answer["problems"]:
             complain("problem", problem)
     if not answer["ok"]:
@@ -220,7 +243,16 @@ def train(
     threshold: Annotated[
         float | None, typer.Option(help="Cut between the classes, in the label's unit.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="pointnet.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="pointnet, harmonic, attention, powder_cnn, boosted; "
+            "baselines: majority, lattice_only, powder, composition_only."
+        ),
+    ] = None,
+    members: Annotated[
+        int | None, typer.Option(help="Models of an ensemble; their spread is the uncertainty.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
     seed: Annotated[int | None, typer.Option(help="Weights, order and rotations.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that share each batch.")] = None,
@@ -236,12 +268,14 @@ def train(
         "task": task,
         "threshold": threshold,
         "model": model,
+        "members": members,
         "epochs": epochs,
         "seed": seed,
         "workers": workers,
     }
     settings = _settings(TrainingConfig, config, flags)
-    with bar(settings.question.question, settings.epochs, shown=not as_json) as update:
+    total = settings.members * settings.passes
+    with bar(settings.question.question, total, shown=not as_json) as update:
         answer = run_training(
             dataset,
             run,
@@ -258,13 +292,52 @@ def evaluate(
     dataset: Annotated[
         Path | None, typer.Option(help="Where the dataset is now, if it has moved.")
     ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another run, on the same test crystals, to compare with.")
+    ] = None,
+    leaks: Annotated[
+        bool, typer.Option(help="Count test crystals with a near-duplicate in training.")
+    ] = False,
     config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a trained model again: metrics of the test crystals with 95 % intervals."""
+    """Evaluate a trained model again: metrics of the test crystals with 95 % intervals.
+
+    metrics.json also has calibration, metrics by class and crystal system, and of an ensemble how
+    its doubt goes with error.
+    """
     from training.evaluate import evaluate_run
 
-    _show_metrics(run, evaluate_run(run, dataset), as_json)
+    answer = evaluate_run(run, dataset, against=against, leaks=leaks)
+    _show_metrics(run, answer, as_json)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
+    source: Annotated[
+        str, typer.Argument(help="Crystals as for featurize, or the folder of a dataset.")
+    ],
+    table: Annotated[Path, typer.Option("--out", help="Table to write: .csv, .parquet or .jsonl.")],
+    processes: Annotated[
+        int, typer.Option(help="Processes that featurize beside this one.", min=1)
+    ] = 1,
+    config: OptionsFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict crystals with a trained model: one row each, in the order of the source.
+
+    What cannot be read is a row with a reason. lower and upper are the extremes of the ensemble's
+    members; of a model without an ensemble they are empty.
+    """
+    from training.predict import predict as run_prediction
+
+    with bar("crystals", None, shown=not as_json) as update:
+        counts = run_prediction(run, source, table, processes=processes, progress=update)
+    if as_json:
+        print(json.dumps(counts, indent=1))
+    else:
+        summary(f"predictions {table}", dict(counts))
 
 
 @app.command()
@@ -371,12 +444,16 @@ def main() -> None:
         sys.exit(1)
 
 
+# Flags that are not named as what they set.
+_SPELLED = {"id_prop_label": "--label", "also_radiation": "--radiation"}
+
+
 def _settings(kind: type[Any], path: Path | None, flags: dict[str, Any]) -> Any:
     """A configuration from a TOML file, with flags before it."""
     values = {} if path is None else read_toml(path)
     given = {name: value for name, value in flags.items() if value is not None}
-    where = "options" if path is None else f"{path} and options"
-    return build_config(kind, values | given, where=where)
+    spelled = {name: _SPELLED.get(name, f"--{name.replace('_', '-')}") for name in given}
+    return build_config(kind, values | given, where=str(path), flags=spelled)
 
 
 @contextmanager
@@ -409,6 +486,19 @@ def _show_metrics(run: Path, answer: dict[str, Any], as_json: bool) -> None:
         )
         table.add_row(name, value, f"{low} … {high}")
     out.print(table)
+    for side, counted in answer.get("leakage", {}).get("splits", {}).items():
+        out.print(
+            f"{side}: {counted['near']} of {counted['structures']} crystals have a near-duplicate "
+            f"in training, {counted['isostructural']} an isostructural crystal"
+        )
+    if "against" in answer:
+        rows = Table("test metric", "difference", "95 % interval", "p", title_justify="left")
+        rows.title = f"{run} minus {answer['against']['run']}"
+        for name, pair in answer["against"]["bootstrap"].items():
+            found = [pair["difference"][k] for k in ("value", "low", "high")] + [pair["p"]]
+            value, low, high, p = ("–" if each is None else f"{each:.3f}" for each in found)
+            rows.add_row(name, value, f"{low} … {high}", p)
+        out.print(rows)
     out.print(f"written: {run}/metrics.json, predictions.parquet, tensorboard/", soft_wrap=True)
 
 

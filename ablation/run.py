@@ -27,8 +27,9 @@ from featurization.config import RadiationName
 from featurization.crystal import ATTRIBUTION
 from featurization.manifest import read_manifest
 from training.dataset import CloudSet, load
+from training.ensemble import fit_members, load_members
 from training.evaluate import prediction_table, predictions_of
-from training.loop import CHECKPOINT, MODEL, fit
+from training.loop import CHECKPOINT, MODEL
 from training.metrics import METRICS, score
 from training.split import Parts
 
@@ -85,15 +86,15 @@ def run_trial(data: CloudSet, trial: Trial, folder: Path) -> dict[str, Any]:
     perturbed = perturb(data, trial.arm, config.seed)
     parts = Parts.of(perturbed, config)
     identity = {"trial": trial.id, "arm": trial.arm}
-    model = fit(folder, perturbed, config, identity=identity, resume=True)
-    assert model is not None  # nothing stops a trial early
-    probabilities = predictions_of(model, perturbed, parts, config)
+    fit_members(folder, perturbed, config, identity=identity, resume=True)
+    probabilities = predictions_of(load_members(folder, config), perturbed, parts)
     table = prediction_table(perturbed, parts, {"test": probabilities["test"]})
     with replacing(folder / "predictions.parquet") as temporary:
         pq.write_table(table, temporary)
     scores = score(parts.target_N[parts.rows["test"]].numpy(), probabilities["test"])
     for name in (CHECKPOINT, MODEL):
-        (folder / name).unlink()
+        for path in folder.rglob(name):
+            path.unlink()
     return (
         {"status": "done"}
         | {name: float(scores[name][0]) for name in METRICS}

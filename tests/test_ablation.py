@@ -78,7 +78,7 @@ def test_a_grid_that_is_absent_or_not_toml_is_refused(tmp_path):
     (tmp_path / "grid.toml").write_text("seeds = [")
     with pytest.raises(UserError, match="is not TOML"):
         read_grid(tmp_path / "grid.toml")
-    with pytest.raises(UserError, match="is not TOML"):
+    with pytest.raises(UserError, match="is a folder"):
         read_grid(tmp_path)
     (tmp_path / "grid.toml").write_text("")
     with pytest.raises(UserError, match="dataset"):
@@ -107,7 +107,11 @@ def test_trials_are_all_pairs_with_ids_of_their_own():
 
 CHANGES = {
     "task": "bulk_modulus",
+    "model": "boosted",
+    "members": 2,
     "width": 32,
+    "trees": 9,
+    "train_fraction": 0.5,
     "epochs": 4,
     "batch_size": 8,
     "learning_rate": 1e-4,
@@ -129,7 +133,7 @@ def test_ids_change_with_all_that_matters_and_nothing_else():
 
     base = first(tiny())
     others = set(tiny().model_dump()) - CHANGES.keys()
-    assert others == {"seed", "model", "threshold"}  # only one model; the others are below
+    assert others == {"seed", "threshold"}  # which are below
     changed = {name for name, value in CHANGES.items() if first(tiny(**{name: value})) != base}
     assert changed == CHANGES.keys() - _FREE
     assert first(tiny(), dataset_hash="1" * 64) != base
@@ -143,9 +147,9 @@ def test_ids_are_those_of_earlier_results():
     grid = GridConfig(dataset="x", arms=("none",), seeds=(0,), training=tiny(threshold=None))
     decides = tiny().deciding()
     assert set(decides) == {
-        "task", "threshold", "radiation", "model", "width", "epochs", "batch_size", "learning_rate",
-        "warmup_fraction", "weight_decay", "seed", "validation_fraction", "test_fraction",
-        "resamples",
+        "task", "threshold", "radiation", "model", "members", "width", "trees", "epochs",
+        "batch_size", "learning_rate", "warmup_fraction", "weight_decay", "seed",
+        "validation_fraction", "test_fraction", "train_fraction", "resamples",
     }  # fmt: skip
     assert len(trials(grid, HASH)[0].id) == 16
 

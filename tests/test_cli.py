@@ -1,17 +1,27 @@
 """The command line: exit codes, messages, and output that programs can read."""
 
+import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from small import TINY
 from test_ablation import grid_file
+from tiny import broken, contents, document, write_lines
 
 import xtal
 from cluster.errors import UserError
+from featurization import featurize as driver
+from featurization import forecast, worker
+from featurization.index import build_index
+from featurization.manifest import read_manifest
+from featurization.sources import open_source
 from training import train as training_run
 
 VERBS = ("featurize", "inspect", "verify", "train", "evaluate", "ablate", "report", "demo")
@@ -109,8 +119,8 @@ def test_without_arguments_the_help_is_shown(call):
         (["inspect", "nowhere"], "nowhere is no finished dataset"),
         (["inspect", "nowhere", "mp-1"], "nowhere is no finished dataset"),
         (["train", "x", "run", "--config", "absent.toml"], "absent.toml: no such file"),
-        (["train", "x", "run", "--task", "colour"], "task = 'colour'"),
-        (["train", "x", "run", "--epochs", "0"], "epochs = 0"),
+        (["train", "x", "run", "--task", "colour"], "--task colour: must be "),
+        (["train", "x", "run", "--epochs", "0"], "--epochs 0: must be ≥ 1"),
         (["train", "x", "run", "--workers", "100"], "100 workers cannot share batch_size = "),
         (
             ["train", "x", "run", "--task", "crystal_system", "--threshold", "3"],
@@ -308,3 +318,160 @@ def test_dry_run_lists_the_trials_and_writes_nothing(call, dataset, tmp_path):
     assert call("ablate", elsewhere, tmp_path / "out", "--dry-run")[0] == 2
     code, _, _ = call("ablate", elsewhere, tmp_path / "out", "--dry-run", "--dataset", dataset)
     assert code == 0
+
+
+# --- featurize --dry-run --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crystals(tmp_path, monkeypatch):
+    """A folder with 20 crystals in s.jsonl, which are taken four at a time."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("s.jsonl"), [document(f"m{i}", 4 + i / 50) for i in range(20)])
+    Path("s.jsonl.gz").write_bytes(gzip.compress(Path("s.jsonl").read_bytes()))
+    Path("c.toml").write_text('selection = "miller:2"\nshard_structures = 4\n')
+    return tmp_path
+
+
+def dry(call, *words):
+    """Exit code, rows and stderr of a dry run, after which all is as it was."""
+    before = contents(Path())
+    code, out, err = call("featurize", *words, "--config", "c.toml", "--dry-run")
+    assert contents(Path()) == before
+    cells = [line.split("│") for line in out.splitlines() if line.startswith("│")]
+    return code, {cell[1].strip(): cell[2].strip() for cell in cells if cell[1].strip()}, err
+
+
+def stop_after(monkeypatch, count):
+    """From now on a run is asked to stop at its crystal of this number."""
+    entry, seen = worker.entry_of, []
+
+    def counted(crystal, *arguments):
+        seen.append(crystal.id)
+        if len(seen) == count + 1:  # the first is that of the warm-up
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return entry(crystal, *arguments)
+
+    monkeypatch.setattr(worker, "entry_of", counted)
+
+
+@pytest.mark.parametrize("source", ["s.jsonl", "s.jsonl.gz"])
+def test_dry_run_says_what_is_left(call, crystals, monkeypatch, source):
+    code, rows, err = dry(call, source, "out")
+    assert (code, err) == (0, "")
+    assert (rows["out"], rows["records"], rows["structures"]) == ("a new dataset", "20", "about 20")
+    assert (rows["shards"], rows["points"]) == ("about 5", "about 1,260")
+    assert list(crystals.glob("out")) == []
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        assert call("featurize", source, "out", "--config", "c.toml")[0] == 75
+    _, rows, _ = dry(call, source, "out")
+    assert rows["out"] == "an unfinished run of just this: it goes on"
+    assert (rows["records left"], rows["structures"]) == ("12", "about 12")
+    assert rows["shards"] == "about 3"
+    assert rows["disk needed"].endswith(" 0.0 MiB to read the source")
+    shard = min(Path("out/shards").iterdir())
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    assert dry(call, source, "out")[1]["records left"] == "16"
+    shard.write_bytes(whole)
+    assert call("featurize", source, "out", "--config", "c.toml")[0] == 0
+    code, rows, err = dry(call, source, "out")
+    assert (code, err) == (0, "")
+    there = "finished, of just this source and configuration: nothing to do"
+    assert rows == {"out": there, "structures": "20"}
+
+
+def test_dry_run_of_a_run_that_lacks_only_its_end(call, crystals, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "finish", lambda *_: 1 / 0)
+        assert call("featurize", "s.jsonl", "out", "--config", "c.toml")[0] == 1
+    code, rows, err = dry(call, "s.jsonl", "out")
+    assert (code, err, rows["records left"]) == (0, "", "0")
+
+
+def test_dry_run_counts_the_new_ids(call, crystals):
+    assert call("featurize", "s.jsonl", "out", "--config", "c.toml")[0] == 0
+    write_lines(Path("t.jsonl"), [document(f"m{i}", 4 + i / 50) for i in range(13, 30)])
+    code, rows, err = dry(call, "t.jsonl", "out", "--append")
+    assert (code, err) == (0, "")
+    assert rows["out"] == "a dataset of 20 structures, which is added to"
+    assert (rows["new ids"], rows["ids there already"]) == ("10", "7")
+    assert call("featurize", "t.jsonl", "out", "--config", "c.toml", "--append")[0] == 0
+    assert read_manifest(Path("out"))["structures"] == 20 + 10
+    assert dry(call, "t.jsonl", "out", "--append")[1]["structures"] == "30"
+
+
+def test_dry_run_refuses_what_the_run_refuses(call, crystals):
+    assert call("featurize", "s.jsonl", "done", "--config", "c.toml")[0] == 0
+    write_lines(Path("t.jsonl"), [document("new")])
+    write_lines(Path("none.jsonl"), [])
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("…")
+    for words, problem in (
+        (["t.jsonl", "done"], "done holds another dataset (source.sha256: "),
+        (["t.jsonl", "done", "--append", "--b-iso", "1"], "config.b_iso: 0.0 there, 1.0 asked for"),
+        (["s.jsonl", "mine"], "mine is not empty and holds no dataset (thesis.txt)"),
+        (["s.jsonl", "mine", "--append"], "mine holds no dataset"),
+        (["s.jsonl", "t.jsonl"], "t.jsonl is a file"),
+        (["s.jsonl", "t.jsonl/out"], "cannot write to t.jsonl/out: Not a directory"),
+        (["absent.jsonl", "out"], "'absent.jsonl' is no file"),
+        (["none.jsonl", "out"], "has no records"),
+    ):
+        code, rows, err = dry(call, *words)
+        assert (code, rows) == (2, {})
+        assert problem in err
+        assert "remedy: " in err
+        if "no records" not in problem:  # a run says its absolute path
+            assert call("featurize", *words, "--config", "c.toml") == (2, "", err)
+
+
+def test_dry_run_ends_in_time(call, crystals, monkeypatch):
+    """A crystal that takes too long is rejected as in the run, and many slow ones are not tried."""
+    standardize, seen = worker.standardize, []
+
+    def slow(crystal, *arguments):
+        seen.append(crystal.id)
+        while crystal.id == "m5":
+            pass
+        return standardize(crystal, *arguments)
+
+    monkeypatch.setattr(worker, "standardize", slow)
+    Path("c.toml").write_text('selection = "miller:2"\nmax_seconds = 0.3\n')
+    code, rows, err = dry(call, "s.jsonl", "out")
+    assert (code, err) == (0, "")
+    assert " ".join(rows["sample"].split()).startswith("20 records, 1 rejected, first: guard: took")
+    assert rows["structures"] == "about 19"
+    assert sorted(seen) == ["", *sorted(f"m{i}" for i in range(20))]  # after a warm-up, each once
+    monkeypatch.setattr(worker, "standardize", standardize)
+    monkeypatch.setattr(forecast, "_SAMPLE_SECONDS", -1.0)
+    code, rows, _ = dry(call, "s.jsonl", "out")
+    assert (code, rows["sample"]) == (0, "1 records, 0 rejected")
+    assert (rows["structures"], rows["points"]) == ("about 20", "about 1,260")
+
+
+def test_dry_run_tells_the_disk_that_the_run_takes(call, crystals, monkeypatch):
+    source = open_source("s.jsonl.gz")
+    nothing = forecast._Left(np.zeros(0, dtype=bool), 1, frozenset(), indexed=False)
+    walk = forecast._walk(source, nothing)
+    Path("journal").mkdir()
+    build_index(source, Path("journal"))
+    taken = sum(path.stat().st_size for path in Path("journal").iterdir())
+    assert walk.spool + forecast._PLACE_BYTES * walk.records == taken
+    full = SimpleNamespace(free=10)
+    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda place: full)
+    code, _, err = dry(call, "s.jsonl.gz", "out")
+    assert code == 0
+    assert "warning: it will not fit: about 0." in err
+
+
+def test_dry_run_warns_of_what_cannot_be_used(call, crystals):
+    write_lines(Path("bad.jsonl"), [broken("a"), broken("b")])
+    Path("cut.jsonl.gz").write_bytes(Path("s.jsonl.gz").read_bytes()[:-9])
+    code, rows, err = dry(call, "bad.jsonl", "out")
+    assert (code, rows["structures"]) == (0, "about 0")
+    assert rows["sample"].startswith("2 records, 2 rejected, first: structure: ")
+    assert "warning: no crystal of the sample could be featurized" in err
+    code, _, err = dry(call, "cut.jsonl.gz", "out")
+    assert code == 0
+    assert "warning: cut.jsonl.gz ends early: the gzip data is cut off" in err

@@ -11,8 +11,8 @@ from small import random_set, tiny
 from torch import nn
 
 from training.dataset import CloudBatch
-from training.loop import build_model
-from training.models import PointNet
+from training.models.build import new_network
+from training.models.pointnet import PointNet
 from training.rotations import random_rotations
 
 LENGTHS = [3, 1, 17, 40, 2]
@@ -20,7 +20,10 @@ LENGTHS = [3, 1, 17, 40, 2]
 
 def network(dtype=torch.float32, classes=3, kind=PointNet):
     torch.manual_seed(0)
-    return kind(classes, 16, q_scale=0.5, intensity_scale=0.1).to(dtype).eval()
+    model = kind(classes, 16)
+    model.q_scale.fill_(0.5)
+    model.intensity_scale.fill_(0.1)
+    return model.to(dtype).eval()
 
 
 def batch_of(lengths=LENGTHS, dtype=torch.float32, seed=0):
@@ -117,7 +120,7 @@ def test_an_absent_reflection_is_zero_whatever_the_scale():
 
 def test_scales_come_from_the_training_rows_alone(clouds):
     rows = torch.arange(0, 60)
-    model = build_model(tiny(), clouds, rows)
+    model = new_network(tiny(), clouds, rows)
     points = clouds.crystal_P < 60
     q = clouds.q_P3[points].double().norm(dim=1)
     assert float(model.q_scale) == pytest.approx(float((q**2).mean().sqrt()), rel=1e-5)
@@ -129,7 +132,7 @@ def test_scales_come_from_the_training_rows_alone(clouds):
         q_P3=torch.where(points[:, None], clouds.q_P3, 99.0),
         intensity_P=torch.where(points, clouds.intensity_P, 1e9),
     )
-    other = build_model(tiny(), strange, rows)
+    other = new_network(tiny(), strange, rows)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
 
@@ -137,7 +140,7 @@ def test_scales_come_from_the_training_rows_alone(clouds):
 def test_scales_of_a_set_without_intensity_or_length_are_one():
     data = random_set(0, [1, 1, 1, 1])
     empty = replace(data, intensity_P=torch.zeros(4))
-    model = build_model(tiny(), empty, torch.arange(4))
+    model = new_network(tiny(), empty, torch.arange(4))
     assert (float(model.q_scale), float(model.intensity_scale)) == (1.0, 1.0)
     with torch.no_grad():
         assert model(empty.batch(torch.arange(4))).isfinite().all()
@@ -146,10 +149,10 @@ def test_scales_of_a_set_without_intensity_or_length_are_one():
 def test_weights_depend_on_the_seed_alone(clouds):
     rows = torch.arange(60)
     torch.manual_seed(123)
-    first = build_model(tiny(seed=3), clouds, rows).state_dict()
+    first = new_network(tiny(seed=3), clouds, rows).state_dict()
     torch.manual_seed(456)
-    again = build_model(tiny(seed=3), clouds, rows).state_dict()
-    other = build_model(tiny(seed=4), clouds, rows).state_dict()
+    again = new_network(tiny(seed=3), clouds, rows).state_dict()
+    other = new_network(tiny(seed=4), clouds, rows).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.1.weight"], other["head.1.weight"])
 
@@ -158,7 +161,9 @@ def test_one_batch_can_be_learned_by_heart():
     data = random_set(7, [20] * 12)
     batch, target = data.batch(torch.arange(12)), torch.arange(12) % 3
     torch.manual_seed(0)
-    model = PointNet(3, 64, q_scale=0.4, intensity_scale=0.05)
+    model = PointNet(3, 64)
+    model.q_scale.fill_(0.4)
+    model.intensity_scale.fill_(0.05)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(250):

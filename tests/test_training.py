@@ -20,9 +20,11 @@ from small import tiny
 from cluster.errors import UserError
 from training import checkpoint, loop
 from training.distributed import fit_on_workers
-from training.evaluate import evaluate_run, load_model
+from training.ensemble import load_members
+from training.evaluate import evaluate_run
 from training.loop import CHECKPOINT, MODEL, Alone, fit, learning_rate, predict
-from training.models import PointNet
+from training.models.build import new_network
+from training.models.pointnet import PointNet
 from training.split import Parts
 from training.train import train
 
@@ -278,7 +280,7 @@ def test_training_alone_is_rotated_and_every_crystal_comes_once_an_epoch(
 
 
 def test_predictions_do_not_depend_on_the_batch_size_and_keep_the_order(clouds, whole):
-    model, _ = load_model(whole / MODEL)
+    model = load_members(whole, tiny()).members[0]
     rows = torch.tensor([5, 3, 100, 7, 7, 0, 88])
     whole_batch = predict(model, clouds, rows, 64)
     assert np.allclose(predict(model, clouds, rows, 2), whole_batch, atol=1e-6)
@@ -293,8 +295,9 @@ def test_the_best_epoch_is_kept_and_the_rate_falls_to_zero(clouds, tmp_path):
         history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
     assert [row["epoch"] for row in history] == list(range(8))
     best = max(history, key=lambda row: (row["validation_auroc"], -row["validation_loss"]))
-    model, state = load_model(tmp_path / MODEL)
-    assert state["best_epoch"] == best["epoch"]
+    trained = load_members(tmp_path, config)
+    model = trained.members[0]
+    assert trained.states[0]["best_epoch"] == best["epoch"]
     parts = Parts.of(clouds, config)
     rows = parts.rows["validation"]
     logits = torch.from_numpy(predict(model, clouds, rows, 16))
@@ -387,11 +390,11 @@ class Share(Alone):
 def test_shares_of_a_batch_add_up_to_its_gradient(clouds, size):
     parts = Parts.of(clouds, tiny())
     rows = parts.rows["train"][:4]  # fewer crystals than five workers
-    turns = loop.random_rotations(4, torch.Generator().manual_seed(0))
 
     def summed(peers):
-        model = loop.build_model(tiny(), clouds, parts.rows["train"])
+        model = new_network(tiny(), clouds, parts.rows["train"])
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        turns = torch.Generator().manual_seed(0)
         loop._step(model, optimizer, clouds, parts, rows, turns, peers)
         return peers.sums[0]
 

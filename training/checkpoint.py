@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from cluster.errors import UserError
@@ -22,7 +22,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
     # Clones: safetensors refuses tensors that share memory.
     plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(plain, temporary, metadata={"state": json.dumps(state)})
+        # Not `save_file`, whose files nobody else may read.
+        temporary.write_bytes(serialized(plain, metadata={"state": json.dumps(state)}))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

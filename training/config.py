@@ -1,6 +1,6 @@
 """What decides a training; with the dataset's content hash, all of it."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -8,7 +8,9 @@ from cluster.config import Config
 from featurization.config import RadiationName
 from training.tasks import Task, TaskName, task_of
 
-ModelName = Literal["pointnet"]
+NetworkName = Literal["pointnet", "harmonic", "attention", "powder_cnn"]
+BoostedName = Literal["boosted", "lattice_only", "powder", "composition_only", "majority"]
+ModelName = NetworkName | BoostedName
 
 
 class TrainingConfig(Config):
@@ -21,9 +23,13 @@ class TrainingConfig(Config):
     radiation: RadiationName | None = None
     """Whose intensities, where the dataset has several; None: its first."""
     model: ModelName = "pointnet"
-    """The network."""
-    width: int = Field(default=256, ge=16, multiple_of=4)
-    """Channels of the last per-point layer."""
+    """A network, or gradient-boosted trees on a fixed description of the cloud."""
+    members: int = Field(default=1, ge=1, le=100)
+    """Models of an ensemble, trained from seed, seed + 1, …; its answer is their mean."""
+    width: int | None = Field(default=None, ge=16, multiple_of=4)
+    """Channels of a network's widest layers; None: 256 for pointnet and harmonic, else 64."""
+    trees: int = Field(default=1500, ge=1)
+    """Most trees a class of a boosted model; validation stops it earlier."""
     epochs: int = Field(default=10, ge=1)
     """Passes over the training set."""
     batch_size: int = Field(default=32, ge=1)
@@ -40,6 +46,8 @@ class TrainingConfig(Config):
     """Part of the groups that chooses the best epoch."""
     test_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     """Part of the groups that is only looked at in the end."""
+    train_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Part of the training groups that is used: a point of a learning curve."""
     checkpoint_steps: int = Field(default=500, ge=1)
     """Steps between checkpoints inside an epoch; each epoch ends with one, too."""
     resamples: int = Field(default=1000, ge=100)
@@ -49,6 +57,8 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
+        if self.workers > 1 and self.model in get_args(BoostedName):
+            raise ValueError(f"workers = {self.workers}: {self.model} trains in one process")
         if self.batch_size < self.workers:
             raise ValueError(f"{self.workers} workers cannot share batch_size = {self.batch_size}")
         task_of(self.task, self.threshold)
@@ -57,6 +67,11 @@ class TrainingConfig(Config):
     def deciding(self) -> dict[str, Any]:
         """What decides the trained model: all but how the work is shared and how often saved."""
         return self.model_dump(exclude={"workers", "checkpoint_steps"})
+
+    @property
+    def passes(self) -> int:
+        """Epochs of a member; trees are grown in one pass."""
+        return 1 if self.model in get_args(BoostedName) else self.epochs
 
     @property
     def question(self) -> Task:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.errors import UserError
-from featurization.config import RadiationName
+from featurization.config import FeaturizationConfig, RadiationName
 from featurization.manifest import read_manifest
+from featurization.shards import Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,39 +117,89 @@ def load(folder: Path, radiation: RadiationName | None = None) -> CloudSet:
     Raises:
         UserError: no manifest, or no such radiation in the dataset.
     """
-    config = read_manifest(folder)["config"]
-    first, others = config["radiation"], config["also_radiation"]
-    if radiation not in (None, first, *others):
-        raise UserError(
-            f"{folder} has no intensities of radiation {radiation}",
-            remedy=f"it has {', '.join([first, *others])}; featurize with --radiation {radiation}",
-        )
-    intensity = "intensity" if radiation in (None, first) else f"intensity_{radiation}"
-    shards = [folder / row["file"] for row in read_manifest(folder)["shards"]]
+    manifest = read_manifest(folder)
+    config = manifest["config"]
+    place = _place((config["radiation"], *config["also_radiation"]), radiation, str(folder))
+    intensity = f"intensity_{radiation}" if place else "intensity"
     parts: dict[str, list[NDArray[Any]]] = {}
     labels: list[dict[str, NDArray[np.float64]]] = []
-    for path in shards:
-        with h5py.File(path, "r", locking=False) as file:
+    for row in manifest["shards"]:
+        with h5py.File(folder / row["file"], "r", locking=False) as file:
             for name in ("id", "group", "symmetry/crystal_system"):
                 parts.setdefault(name, []).append(file[name].asstr()[:].astype(np.str_))
-            for name in ("offsets", "hkl", "q", intensity, "multiplicity", "lattice"):
+            for name in ("hkl", "q", "multiplicity", "lattice"):
                 parts.setdefault(name, []).append(file[name][:])
+            parts.setdefault("intensity", []).append(file[intensity][:])
+            parts.setdefault("lengths", []).append(np.diff(file["offsets"][:]))
             labels.append({name: file["labels"][name][:] for name in file["labels"]})
-    lengths = torch.from_numpy(np.concatenate([np.diff(part) for part in parts["offsets"]]))
     sizes = [len(part) for part in parts["id"]]
-    whole = CloudSet(
-        ids=np.concatenate(parts["id"]),
-        groups=np.concatenate(parts["group"]),
-        crystal_systems=np.concatenate(parts["symmetry/crystal_system"]),
-        labels=_join_labels(labels, sizes),
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        hkl_P3=torch.from_numpy(np.concatenate(parts["hkl"])),
-        q_P3=torch.from_numpy(np.concatenate(parts["q"])),
-        intensity_P=torch.from_numpy(np.concatenate(parts[intensity])),
-        multiplicity_P=torch.from_numpy(np.concatenate(parts["multiplicity"])).long(),
-        lattice_N33=torch.from_numpy(np.concatenate(parts["lattice"])).float(),
-    )
+    whole = _whole(parts, _join_labels(labels, sizes))
     return whole.subset(np.argsort(whole.ids, kind="stable"))
+
+
+def cloud_set(
+    entries: Sequence[Entry], config: FeaturizationConfig, radiation: RadiationName | None = None
+) -> CloudSet:
+    """Clouds that were featurized a moment ago, in the order given and without labels.
+
+    Args:
+        entries: at least one.
+        config: what they were featurized with.
+        radiation: as in `load`.
+
+    Raises:
+        UserError: no such radiation in `config`.
+    """
+    place = _place((config.radiation, *config.also_radiation), radiation, "the featurization")
+    clouds = [entry.cloud for entry in entries]
+    return _whole(
+        {
+            "id": [np.array([entry.id for entry in entries], dtype=np.str_)],
+            "group": [np.array([entry.group for entry in entries], dtype=np.str_)],
+            "symmetry/crystal_system": [
+                np.array([entry.symmetry.crystal_system for entry in entries], dtype=np.str_)
+            ],
+            "lengths": [np.array([len(cloud.hkl) for cloud in clouds], dtype=np.int64)],
+            "hkl": [cloud.hkl for cloud in clouds],
+            "q": [cloud.q for cloud in clouds],
+            "intensity": [c.also[place - 1] if place else c.intensity for c in clouds],
+            "multiplicity": [cloud.multiplicity for cloud in clouds],
+            "lattice": [entry.lattice[None] for entry in entries],
+        },
+        {},
+    )
+
+
+def _place(radiations: Sequence[RadiationName], radiation: RadiationName | None, where: str) -> int:
+    """Where a radiation stands among those of a dataset; None is the first."""
+    if radiation is None:
+        return 0
+    if radiation not in radiations:
+        raise UserError(
+            f"{where} has no intensities of radiation {radiation}",
+            remedy=f"it has {', '.join(radiations)}; featurize with --radiation {radiation}",
+        )
+    return radiations.index(radiation)
+
+
+def _whole(
+    parts: dict[str, list[NDArray[Any]]], labels: dict[str, NDArray[np.float64]]
+) -> CloudSet:
+    """Columns of shards or crystals, one after the other."""
+    columns = {name: np.concatenate(part) for name, part in parts.items()}
+    ends = torch.from_numpy(columns["lengths"]).cumsum(0)
+    return CloudSet(
+        ids=columns["id"],
+        groups=columns["group"],
+        crystal_systems=columns["symmetry/crystal_system"],
+        labels=labels,
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), ends]),
+        hkl_P3=torch.from_numpy(columns["hkl"]),
+        q_P3=torch.from_numpy(columns["q"]),
+        intensity_P=torch.from_numpy(columns["intensity"]),
+        multiplicity_P=torch.from_numpy(columns["multiplicity"]).long(),
+        lattice_N33=torch.from_numpy(columns["lattice"]).float(),
+    )
 
 
 def _join_labels(

@@ -20,7 +20,8 @@ from cluster.errors import UserError
 from cluster.ray_session import local_ray
 from training.config import TrainingConfig
 from training.dataset import load
-from training.loop import Progress, fit
+from training.ensemble import fit_members
+from training.loop import Progress
 from training.tensorboard import log_epochs
 
 
@@ -68,7 +69,7 @@ class _Worker:
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=config.workers)
         try:
             with log_epochs(Path(run), rank == 0) as log:
-                fit(
+                fit_members(
                     Path(run),
                     load(Path(dataset), config.radiation),
                     config,
@@ -90,7 +91,7 @@ def fit_on_workers(
     resume: bool,
     progress: Callable[[Progress], None],
 ) -> None:
-    """`training.loop.fit` on `config.workers` Ray actors of this machine.
+    """`training.ensemble.fit_members` on `config.workers` Ray actors of this machine.
 
     Raises:
         UserError: fewer GPUs than workers; or as `fit` does, from whichever worker it came.

@@ -1,51 +1,39 @@
 """A trained model → predictions of the held-out crystals → whole-set metrics with intervals."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
-from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import replacing, write_text
 from cluster.provenance import provenance
 from featurization.crystal import ATTRIBUTION
 from featurization.manifest import read_manifest
-from training import checkpoint
+from training.appraisal import appraise, compare, plain
+from training.breakdown import by_part
+from training.card import write_card
 from training.config import TrainingConfig
 from training.dataset import CloudSet, load
-from training.loop import MODEL, device, predict
+from training.ensemble import Trained, load_run
+from training.leakage import audit
 from training.metrics import confusion_matrix, evaluate
-from training.models import PointNet
 from training.split import Parts
 from training.tensorboard import log_evaluation
 
 
-def load_model(path: Path) -> tuple[PointNet, dict[str, Any]]:
-    """A model file → the network on this machine's device, and its `config` and `identity`."""
-    weights, state = checkpoint.read(path)
-    config = TrainingConfig(**state["config"])
-    model = PointNet(len(config.question.classes), config.width, q_scale=1.0, intensity_scale=1.0)
-    model.load_state_dict(weights)
-    return model.to(device()).eval(), state
-
-
 def predictions_of(
-    model: PointNet, data: CloudSet, parts: Parts, config: TrainingConfig
+    trained: Trained, data: CloudSet, parts: Parts
 ) -> dict[str, NDArray[np.float64]]:
     """Split → (n, C) probabilities of its crystals, for validation and test."""
-    return {
-        side: torch.from_numpy(predict(model, data, parts.rows[side], config.batch_size))
-        .double()
-        .softmax(dim=1)
-        .numpy()
-        for side in ("validation", "test")
-    }
+    sides = ("validation", "test")
+    return {side: trained.probabilities(data, parts.rows[side]).mean(axis=0) for side in sides}
 
 
 def prediction_table(
@@ -66,47 +54,75 @@ def prediction_table(
     return pa.concat_tables(tables)
 
 
-def evaluate_run(run: Path, dataset: Path | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run: Path,
+    dataset: Path | None = None,
+    *,
+    against: Path | None = None,
+    leaks: bool = False,
+) -> dict[str, Any]:
     """Evaluate the model of a training run on its test split.
 
-    Writes `predictions.parquet` and `metrics.json` into `run` and returns the latter's content.
+    Writes `predictions.parquet`, `metrics.json` and `MODEL_CARD.md` into `run` and returns the
+    content of the second.
 
     Args:
         dataset: where the dataset is now, when it has moved since the training.
+        against: another evaluated run on the same test crystals to compare with.
+        leaks: count the test crystals that have a near-duplicate in training, list them in
+            `leakage.parquet`, and tell the metrics of the others apart.
 
     Raises:
         UserError: no finished run, or a dataset of other content than the model was trained on.
     """
-    try:
-        recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{run} is no training run: it has no config.json", remedy="run xtal train first"
-        ) from None
+    trained, recorded = load_run(run)
+    config = trained.config
     folder = dataset or Path(recorded["dataset"])
-    config = build_config(TrainingConfig, recorded["training"], where=str(run / "config.json"))
-    if not (run / MODEL).exists():
+    found, asked = read_manifest(folder)["content_hash"], recorded["identity"]["content_hash"]
+    if found != asked:
         raise UserError(
-            f"the training in {run} has not finished", remedy="finish it with xtal train --resume"
-        )
-    found = read_manifest(folder)["content_hash"]
-    model, state = load_model(run / MODEL)
-    if found != state["identity"]["content_hash"]:
-        raise UserError(
-            f"{folder} has content hash {found[:12]}…, the model was trained on "
-            f"{state['identity']['content_hash'][:12]}…",
+            f"{folder} has content hash {found[:12]}…, the model was trained on {asked[:12]}…",
             remedy="give the dataset of the training with --dataset",
         )
     data = load(folder, config.radiation)
     parts = Parts.of(data, config)
-    probabilities = predictions_of(model, data, parts, config)
+    sides = ("validation", "test")
+    members = {side: trained.probabilities(data, parts.rows[side]) for side in sides}
+    probabilities = {side: each.mean(axis=0) for side, each in members.items()}
     with replacing(run / "predictions.parquet") as temporary:
         pq.write_table(prediction_table(data, parts, probabilities), temporary)
     answer = summarize(data, parts, probabilities["test"], config)
-    answer |= {"best_epoch": state["best_epoch"], "provenance": provenance()}
+    answer |= appraise(data, parts, members, config)
+    if leaks:
+        answer["leakage"] = _leakage(run, data, parts, probabilities["test"], config)
+    if against is not None:
+        answer["against"] = compare(run, against, config)
+    answer |= {"best_epoch": trained.states[0]["best_epoch"], "provenance": provenance()}
     log_evaluation(run, data, parts, probabilities["test"], config.question, answer)
     write_text(run / "metrics.json", json.dumps(answer, indent=1, ensure_ascii=False))
+    write_card(run)
     return answer
+
+
+def _leakage(
+    run: Path,
+    data: CloudSet,
+    parts: Parts,
+    probability_NC: NDArray[np.float64],
+    config: TrainingConfig,
+) -> dict[str, Any]:
+    """The audit's counts, and the metrics of test crystals with and without a near-duplicate."""
+    counts, table = audit(data, {side: rows.numpy() for side, rows in parts.rows.items()})
+    with replacing(run / "leakage.parquet") as temporary:
+        pq.write_table(table, temporary)
+    test = table.filter(pc.equal(table["split"], "test"))
+    novelty = np.where(test["near_count"].to_numpy() > 0, "near", "new").tolist()
+    rows = parts.rows["test"]
+    target = parts.target_N[rows].numpy()
+    by_novelty = by_part(
+        target, probability_NC, novelty, test["group"].to_pylist(), resamples=config.resamples
+    )
+    return counts | {"by_novelty": plain({k: asdict(part) for k, part in by_novelty.items()})}
 
 
 def summarize(
@@ -125,16 +141,8 @@ def summarize(
         "split": "test",
         "structures": len(target),
         "groups": len(set(groups)),
-        "metrics": {
-            name: {"value": _plain(i.value), "low": _plain(i.low), "high": _plain(i.high)}
-            for name, i in intervals.items()
-        },
+        "metrics": plain({name: asdict(interval) for name, interval in intervals.items()}),
         "confusion_matrix": confusion_matrix(target, probability_NC).tolist(),
         "class_counts": parts.class_counts(task.classes),
         "attribution": ATTRIBUTION,
     }
-
-
-def _plain(value: float) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if np.isfinite(value) else None

@@ -1,8 +1,9 @@
 """The training loop: exact resumption, one process or several.
 
-Nothing random is carried from step to step: the order of an epoch is drawn from (seed, epoch),
-the rotations of a step from (seed, epoch, step). A checkpoint therefore needs only the position,
-and several workers that share a batch draw the same numbers and keep their part.
+Nothing random is carried from step to step: the order of an epoch is drawn from (seed, epoch), the
+rotations and the dropped channels of a step from (seed, epoch, step). A checkpoint therefore needs
+only the position, and several workers that share a batch draw the same rotations and keep their
+part.
 """
 
 import csv
@@ -23,9 +24,9 @@ from cluster.files import write_text
 from cluster.provenance import provenance
 from training import checkpoint
 from training.config import TrainingConfig
-from training.dataset import CloudSet
+from training.dataset import CloudBatch, CloudSet
 from training.metrics import score
-from training.models import PointNet
+from training.models.build import Inputs, Network, new_network
 from training.peers import Alone, Peers
 from training.rotations import random_rotations
 from training.split import Parts
@@ -57,19 +58,6 @@ class _Position:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def build_model(config: TrainingConfig, data: CloudSet, rows: Tensor) -> PointNet:
-    """The network with seeded weights; its feature scales come from the training rows alone."""
-    train = data.subset(rows.numpy())
-    present = train.intensity_P[train.intensity_P > 0]
-    torch.manual_seed(config.seed)
-    return PointNet(
-        classes=len(config.question.classes),
-        width=config.width,
-        q_scale=float(train.q_P3.square().sum(dim=1).mean().sqrt()) or 1.0,
-        intensity_scale=float(present.median()) if len(present) else 1.0,
-    )
-
-
 def device() -> torch.device:
     """The first GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,9 +65,9 @@ def device() -> torch.device:
 
 @torch.no_grad()
 def predict(
-    model: PointNet, data: CloudSet, rows: Tensor, batch_size: int, peers: Peers | None = None
+    model: Network, inputs: Inputs, rows: Tensor, batch_size: int, peers: Peers | None = None
 ) -> NDArray[np.float32]:
-    """(len(rows), C) logits in the order of `rows`."""
+    """(len(rows), C) logits of some of the crystals that `model.prepare` was given, in order."""
     peers = peers or Alone()
     where = next(model.parameters()).device
     model.eval()
@@ -87,7 +75,7 @@ def predict(
     parts = []
     for part in mine.split(batch_size):
         with _autocast(where):
-            parts.append(model(data.batch(part).to(where)).float().cpu())
+            parts.append(model(inputs.batch(part).to(where)).float().cpu())
     logits = torch.cat(parts) if parts else torch.zeros(0, model.classes)
     return peers.gather(logits.numpy())
 
@@ -98,15 +86,17 @@ def fit(
     config: TrainingConfig,
     *,
     identity: dict[str, Any],
+    inputs: Inputs | None = None,
     resume: bool = False,
     peers: Peers | None = None,
     progress: Callable[[Progress], None] = lambda at: None,
     stop_after: int | None = None,
-) -> PointNet | None:
+) -> Network | None:
     """Train; write checkpoints, `history.csv` and the best model into `run` (worker 0 only).
 
     Args:
         identity: what the data is (content hash, arm); a checkpoint of other data is refused.
+        inputs: what the network's `prepare` gives for `data`, if it is known already.
         resume: go on from the checkpoint in `run` if there is one; the result is bit for bit
             that of a training which was never interrupted.
         stop_after: leave after this many steps in this call, as a job at its time limit does.
@@ -120,7 +110,9 @@ def fit(
     peers = peers or Alone()
     parts = Parts.of(data, config)
     where = device()
-    model = build_model(config, data, parts.rows["train"]).to(where)
+    model = new_network(config, data, parts.rows["train"])
+    inputs = model.prepare(data) if inputs is None else inputs
+    model.to(where)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -143,8 +135,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             rows = order[at.step * config.batch_size : (at.step + 1) * config.batch_size]
-            rotations = random_rotations(len(rows), _generator(config.seed, at.epoch, at.step))
-            at.loss_sum += _step(model, optimizer, data, parts, rows, rotations, peers)
+            random = _generator(config.seed, at.epoch, at.step)
+            at.loss_sum += _step(model, optimizer, inputs, parts, rows, random, peers)
             at.step += 1
             taken += 1
             if at.step < steps:
@@ -153,7 +145,7 @@ def fit(
                 progress(Progress(at.epoch, config.epochs, at.step, steps, None))
                 if taken == stop_after:
                     return None
-        record = _validate(model, data, parts, config, peers, at, rate)
+        record = _validate(model, inputs, parts, config, peers, at, rate)
         standing = [record["validation_auroc"], -record["validation_loss"]]
         if not at.best or standing > at.best:
             at.best, at.best_epoch = standing, at.epoch
@@ -183,22 +175,26 @@ def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
 
 
 def _step(
-    model: PointNet,
+    model: Network,
     optimizer: torch.optim.Optimizer,
-    data: CloudSet,
+    inputs: Inputs,
     parts: Parts,
     rows_B: Tensor,
-    rotations_B33: Tensor,
+    random: torch.Generator,
     peers: Peers,
 ) -> float:
     """One update; returns the loss summed over the crystals of the whole batch."""
     where = next(model.parameters()).device
+    torch.manual_seed(random.initial_seed())  # of dropout, on every device
     model.train()
     optimizer.zero_grad(set_to_none=False)
     mine = slice(peers.rank, None, peers.size)
-    batch = data.batch(rows_B[mine]).rotated(rotations_B33[mine]).to(where)
+    batch = inputs.batch(rows_B[mine])
+    if model.rotates:
+        assert isinstance(batch, CloudBatch)
+        batch = batch.rotated(random_rotations(len(rows_B), random)[mine])
     with _autocast(where):
-        logits = model(batch).float()
+        logits = model(batch.to(where)).float()
         loss = torch.nn.functional.cross_entropy(
             logits, parts.target_N[rows_B[mine]].to(where), reduction="sum"
         )
@@ -210,8 +206,8 @@ def _step(
 
 
 def _validate(
-    model: PointNet,
-    data: CloudSet,
+    model: Network,
+    inputs: Inputs,
     parts: Parts,
     config: TrainingConfig,
     peers: Peers,
@@ -219,7 +215,7 @@ def _validate(
     rate: float,
 ) -> dict[str, float]:
     rows = parts.rows["validation"]
-    logits = torch.from_numpy(predict(model, data, rows, config.batch_size, peers))
+    logits = torch.from_numpy(predict(model, inputs, rows, config.batch_size, peers))
     if not logits.isfinite().all():
         raise UserError(
             f"training diverged in epoch {at.epoch}: the network's answers are not finite",
@@ -242,7 +238,7 @@ def _save(
     at: _Position,
     best: dict[str, Tensor],
     signature: dict[str, Any],
-    model: PointNet,
+    model: Network,
     optimizer: torch.optim.Optimizer,
 ) -> None:
     tensors = (
@@ -254,10 +250,8 @@ def _save(
     checkpoint.save(path, tensors, signature | {"position": vars(at)})
 
 
-def _restore(
-    path: Path, signature: dict[str, Any], model: PointNet, optimizer: torch.optim.Optimizer
-) -> tuple[_Position, dict[str, Tensor]]:
-    tensors, state = checkpoint.read(path)
+def check_signature(path: Path, signature: dict[str, Any], state: dict[str, Any]) -> None:
+    """Refuse a file of another training: `UserError` that names the first difference."""
     for part, asked in signature.items():
         for key, value in asked.items():
             if state[part].get(key) != value:
@@ -266,6 +260,13 @@ def _restore(
                     f"{value!r} now",
                     remedy="resume with the same configuration, or train into a new folder",
                 )
+
+
+def _restore(
+    path: Path, signature: dict[str, Any], model: Network, optimizer: torch.optim.Optimizer
+) -> tuple[_Position, dict[str, Tensor]]:
+    tensors, state = checkpoint.read(path)
+    check_signature(path, signature, state)
     model.load_state_dict(checkpoint.unpack("model", tensors))
     checkpoint.restore_optimizer(optimizer, checkpoint.unpack("optimizer", tensors))
     torch.set_rng_state(tensors["rng"])

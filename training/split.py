@@ -21,16 +21,31 @@ from training.tasks import UNKNOWN
 
 SPLITS = ("train", "validation", "test")
 _SALT = b"crystal-genome split 1:"
+_CURVE_SALT = b"crystal-genome learning curve 1:"  # with the split's, a small part would be empty
 
 
 def split_of(
     groups_N: Sequence[str], validation_fraction: float, test_fraction: float
 ) -> NDArray[np.str_]:
     """(N,) names of SPLITS. The test side depends on `test_fraction` alone."""
-    position = {group: _position(group) for group in set(groups_N)}
+    position = {group: _position(group, _SALT) for group in set(groups_N)}
     u_N = np.array([position[group] for group in groups_N])
     sides = np.where(u_N < test_fraction, "test", "train")
     return np.where(u_N >= 1.0 - validation_fraction, "validation", sides)
+
+
+def kept_of(groups_N: Sequence[str], fraction: float) -> NDArray[np.bool_]:
+    """(N,) whether a crystal's group is in the part; whole groups, about `fraction` of them.
+
+    Decided by a hash of the group alone: a smaller part lies within each larger one, every model
+    and seed meets the same parts, and a crystal stays in its part when the dataset grows.
+
+    Raises ValueError for a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction = {fraction}: must be above 0 and at most 1")
+    kept = {group: _position(group, _CURVE_SALT) < fraction for group in set(groups_N)}
+    return np.array([kept[group] for group in groups_N], dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,8 @@ class Parts:
         target = task.target(values)
         sides = split_of(list(data.groups), config.validation_fraction, config.test_fraction)
         known = target != UNKNOWN
-        rows = {s: np.flatnonzero(known & (sides == s)) for s in SPLITS}
+        dropped = (sides == "train") & ~kept_of(list(data.groups), config.train_fraction)
+        rows = {s: np.flatnonzero(known & (sides == s) & ~dropped) for s in SPLITS}
         present = set(np.unique(target[known]).tolist())
         for name, part in rows.items():
             have = set(np.unique(target[part]).tolist())
@@ -69,7 +85,7 @@ class Parts:
                 missing = [task.classes[c] for c in sorted(wanted - have)]
                 raise UserError(
                     f"{name}: {len(part)} crystals, none of class {', '.join(missing)}",
-                    remedy="give more crystals, or another threshold or split fraction",
+                    remedy="give more crystals, or another threshold or fraction",
                 )
         return cls(torch.from_numpy(target), {n: torch.from_numpy(r) for n, r in rows.items()})
 
@@ -81,7 +97,7 @@ class Parts:
         }
 
 
-def _position(group: str) -> float:
+def _position(group: str, salt: bytes) -> float:
     """Uniform in [0, 1), the same on every machine."""
-    digest = hashlib.sha256(_SALT + group.encode()).digest()
+    digest = hashlib.sha256(salt + group.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -5,15 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import write_text
 from cluster.provenance import provenance
 from featurization.manifest import read_manifest
+from training import domain
 from training.config import TrainingConfig
 from training.dataset import load
 from training.distributed import fit_on_workers
+from training.ensemble import fit_members
 from training.evaluate import evaluate_run
-from training.loop import CHECKPOINT, Progress, fit
+from training.loop import Progress, check_signature
 from training.split import Parts
 from training.tensorboard import log_epochs
 
@@ -29,26 +32,35 @@ def train(
     """Train and evaluate; returns the content of `metrics.json`.
 
     `run` gets config.json, checkpoint.safetensors, model.safetensors, history.csv, metrics.json,
-    predictions.parquet and tensorboard/.
+    predictions.parquet, domain.safetensors, MODEL_CARD.md and tensorboard/; of an ensemble, each
+    member's checkpoint, model and history are in `member-K/`.
 
     Raises:
         UserError: no dataset, no usable classes, or `run` holds another training.
     """
-    identity = {"content_hash": read_manifest(dataset)["content_hash"]}
+    manifest = read_manifest(dataset)
+    identity = {"content_hash": manifest["content_hash"]}
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file", remedy="give the path of a new folder")
-    if (run / CHECKPOINT).exists() and not resume:
+    begun = (run / "config.json").exists()
+    if begun and not resume:
         raise UserError(
             f"{run} holds a training already", remedy="add --resume to go on, or give a new folder"
         )
-    begun = (run / "config.json").exists()
-    if run.exists() and any(run.iterdir()) and not (resume and begun):
+    if run.exists() and any(run.iterdir()) and not begun:
         raise UserError(f"{run} is not empty and holds no training", remedy="give a new folder")
     data = load(dataset, config.radiation)
-    Parts.of(data, config)  # a question that cannot be asked leaves no folder behind
-    if not (run / CHECKPOINT).exists():
+    parts = Parts.of(data, config)  # a question that cannot be asked leaves no folder behind
+    if begun:
+        recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        earlier = build_config(TrainingConfig, recorded["training"], where=f"{run}/config.json")
+        signature = {"config": config.deciding(), "identity": identity}
+        recorded = {"config": earlier.deciding(), "identity": recorded["identity"]}
+        check_signature(run / "config.json", signature, recorded)
+    else:
         recorded = {
             "dataset": str(dataset.resolve()),
+            "featurization": manifest["config"],
             "training": config.model_dump(),
             "identity": identity,
             "provenance": provenance(),
@@ -63,5 +75,6 @@ def train(
                 log(at)
                 progress(at)
 
-            fit(run, data, config, identity=identity, resume=resume, progress=both)
+            fit_members(run, data, config, identity=identity, resume=resume, progress=both)
+    domain.write(run, data, parts.rows["train"], parts.rows["validation"])
     return evaluate_run(run, dataset)

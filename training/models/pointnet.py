@@ -1,9 +1,11 @@
-"""Networks: packed clouds → class logits."""
+"""The paper's network: packed clouds → class logits."""
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from training.dataset import CloudBatch
+from training.dataset import CloudBatch, CloudSet
 
 
 class PointNet(nn.Module):
@@ -16,18 +18,17 @@ class PointNet(nn.Module):
     Args:
         classes: C.
         width: channels of the last per-point layer.
-        q_scale: root mean square |q| of the training set in 1/Å, the unit of length.
-        intensity_scale: median non-zero intensity of the training set; features see
-            log(1 + I / scale), which is 0 for an absent reflection.
     """
 
-    def __init__(self, classes: int, width: int, q_scale: float, intensity_scale: float) -> None:
+    rotates: ClassVar[bool] = True  # training shows it each cloud in random orientations
+
+    def __init__(self, classes: int, width: int) -> None:
         super().__init__()
         self.classes = classes
         self.q_scale: Tensor
         self.intensity_scale: Tensor
-        self.register_buffer("q_scale", torch.tensor(q_scale))
-        self.register_buffer("intensity_scale", torch.tensor(intensity_scale))
+        self.register_buffer("q_scale", torch.tensor(1.0))
+        self.register_buffer("intensity_scale", torch.tensor(1.0))
         self.points = nn.Sequential(
             nn.Linear(4, width // 2),
             nn.ReLU(),
@@ -41,6 +42,20 @@ class PointNet(nn.Module):
             nn.ReLU(),
             nn.Linear(width // 2, classes),
         )
+
+    def scale_to(self, train: CloudSet) -> None:
+        """Units from the training crystals.
+
+        Of length: the root mean square |q| in 1/Å. Of intensity: the median of those above 0;
+        the network sees log(1 + I / unit), which is 0 for an absent reflection.
+        """
+        present = train.intensity_P[train.intensity_P > 0]
+        self.q_scale.fill_(float(train.q_P3.square().sum(dim=1).mean().sqrt()) or 1.0)
+        self.intensity_scale.fill_(float(present.median()) if len(present) else 1.0)
+
+    def prepare(self, data: CloudSet) -> CloudSet:
+        """The clouds as they are."""
+        return data
 
     def forward(self, batch: CloudBatch) -> Tensor:
         """(B, C) logits."""

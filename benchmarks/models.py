@@ -1,0 +1,92 @@
+"""All models on all questions of a dataset, side by side: AUROC, parameters, seconds.
+
+    python -m benchmarks.models DATASET [--tasks …] [--models …] [--seeds 3]
+
+Prints Markdown. Each cell is the mean over seeds of the test AUROC (balanced accuracy for crystal
+system), the AUROC of the seeds' mean probability with a 95 % interval over groups of crystals, and
+the seconds of all seeds together, description of the clouds included.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+
+from cluster.provenance import provenance
+from featurization.manifest import read_manifest
+from training.config import BoostedName, NetworkName, TrainingConfig
+from training.dataset import CloudSet, load
+from training.ensemble import fit_members, load_members
+from training.metrics import evaluate, score
+from training.models.boosted import Boosted
+from training.split import Parts
+from training.tasks import TASKS
+
+# What each network was measured with; trees choose their number themselves.
+SETTINGS: dict[str, dict[str, float]] = {
+    "pointnet": {"epochs": 10, "batch_size": 32},
+    "harmonic": {"epochs": 15, "batch_size": 128},
+    "attention": {"epochs": 16, "batch_size": 64, "learning_rate": 1.5e-3},
+    "powder_cnn": {"epochs": 16, "batch_size": 64},
+}
+
+
+def main() -> None:
+    """See the head of the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    models = [*get_args(NetworkName), *get_args(BoostedName)]
+    parser.add_argument("--models", nargs="+", default=models)
+    parser.add_argument("--seeds", type=int, default=3)
+    asked = parser.parse_args()
+    data = load(asked.dataset)
+    made = provenance()
+    print(
+        f"{len(data)} crystals, {read_manifest(asked.dataset)['config']['selection']}, "
+        f"{asked.seeds} seeds, {torch.get_num_threads()} threads; {made['created'][:10]}, "
+        f"commit {str(made['commit'])[:12]}\n"
+    )
+    print("| task | model | mean of seeds | seeds | ensemble | 95 % | parameters | s |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for task in asked.tasks:
+        for model in asked.models:
+            settings = SETTINGS.get(model, {})
+            config = TrainingConfig(task=task, model=model, members=asked.seeds, **settings)
+            print(row(data, config), flush=True)
+
+
+def row(data: CloudSet, config: TrainingConfig) -> str:
+    """A line of the table."""
+    parts = Parts.of(data, config)
+    rows = parts.rows["test"]
+    metric = "auroc" if config.question.threshold is not None else "balanced_accuracy"
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        fit_members(Path(folder), data, config, identity={})
+        seconds = time.perf_counter() - start
+        trained = load_members(Path(folder), config)
+    members = trained.probabilities(data, rows)
+    target = parts.target_N[rows].numpy()
+    each = [float(score(target, member)[metric][0]) for member in members]
+    groups = data.groups[rows.numpy()].tolist()
+    whole = evaluate(target, members.mean(axis=0), groups)[metric]
+    first = trained.members[0]
+    size = (
+        f"{first.rounds} trees"
+        if isinstance(first, Boosted)
+        else f"{sum(p.numel() for p in first.parameters()):,}"
+    )
+    return (
+        f"| {config.task} | {config.model} | {np.mean(each):.4f} | "
+        f"{' '.join(f'{e:.4f}' for e in each)} | {whole.value:.4f} | "
+        f"{whole.low:.4f}–{whole.high:.4f} | {size} | {seconds:.0f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Train the members of an ensemble; load what a run folder holds.
+
+An ensemble of one lives in the run folder itself, the members of a larger one in `member-K/`.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.config import build_config
+from cluster.errors import UserError
+from cluster.provenance import provenance
+from training import checkpoint
+from training.config import BoostedName, TrainingConfig
+from training.dataset import CloudSet
+from training.loop import MODEL, Progress, check_signature, device, fit, predict
+from training.models.boosted import Boosted
+from training.models.build import (
+    DESCRIPTIONS,
+    Inputs,
+    Network,
+    empty_network,
+    is_boosted,
+    new_network,
+)
+from training.peers import Alone, Peers
+from training.split import Parts
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The models of a run."""
+
+    config: TrainingConfig
+    states: list[dict[str, Any]]  # of each member: config, identity, provenance, best_epoch
+    members: list[Network | Boosted]
+
+    def logits(self, data: CloudSet, rows: Tensor | None = None) -> NDArray[np.float64]:
+        """(members, n, C) logits of the crystals `rows`, by default of all."""
+        data = data if rows is None else data.subset(rows.numpy())
+        first = self.members[0]
+        inputs = (
+            _description(self.config, data) if isinstance(first, Boosted) else first.prepare(data)
+        )
+        return np.stack([_logits(each, inputs, len(data), self.config) for each in self.members])
+
+    def probabilities(self, data: CloudSet, rows: Tensor | None = None) -> NDArray[np.float64]:
+        """(members, n, C); the ensemble's answer is the mean over its members."""
+        return torch.from_numpy(self.logits(data, rows)).softmax(dim=-1).numpy()
+
+
+def fit_members(
+    run: Path,
+    data: CloudSet,
+    config: TrainingConfig,
+    *,
+    identity: dict[str, Any],
+    resume: bool = False,
+    peers: Peers | None = None,
+    progress: Callable[[Progress], None] = lambda at: None,
+) -> None:
+    """Train all members into `run`; what each needs of the clouds is computed once.
+
+    Raises:
+        UserError: as `training.loop.fit`.
+    """
+    peers = peers or Alone()
+    parts = Parts.of(data, config)
+    inputs: Any = None
+    for number, folder in enumerate(_folders(run, config)):
+        own = config.model_copy(update={"seed": config.seed + number, "members": 1})
+
+        def shifted(at: Progress, passed: int = number * config.passes) -> None:
+            progress(replace(at, epoch=at.epoch + passed, epochs=config.members * config.passes))
+
+        if is_boosted(config.model):
+            inputs = _description(config, data) if inputs is None else inputs
+            _boost(folder, inputs, parts, own, identity, resume)
+            shifted(Progress(0, 1, 1, 1, None))
+        else:
+            if inputs is None and config.members > 1:
+                inputs = new_network(own, data, parts.rows["train"]).prepare(data)
+            fit(
+                folder,
+                data,
+                own,
+                identity=identity,
+                inputs=inputs,
+                resume=resume,
+                peers=peers,
+                progress=shifted,
+            )
+
+
+def load_run(run: Path) -> tuple[Trained, dict[str, Any]]:
+    """The models of a training run and the content of its config.json.
+
+    Raises:
+        UserError: no training run, or one that has not finished.
+    """
+    try:
+        recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{run} is no training run: it has no config.json", remedy="run xtal train first"
+        ) from None
+    config = build_config(TrainingConfig, recorded["training"], where=str(run / "config.json"))
+    return load_members(run, config), recorded
+
+
+def load_members(run: Path, config: TrainingConfig) -> Trained:
+    """The models in a run folder.
+
+    Raises:
+        UserError: a member is missing.
+    """
+    members, states = [], []
+    for folder in _folders(run, config):
+        if not (folder / MODEL).exists():
+            raise UserError(
+                f"the training in {run} has not finished",
+                remedy="finish it with xtal train --resume",
+            )
+        tensors, state = checkpoint.read(folder / MODEL)
+        members.append(_member(TrainingConfig(**state["config"]), tensors))
+        states.append(state)
+    return Trained(config, states, members)
+
+
+def _member(config: TrainingConfig, tensors: dict[str, Tensor]) -> Network | Boosted:
+    if is_boosted(config.model):
+        return Boosted.from_tensors(len(config.question.classes), tensors)
+    network = empty_network(config)
+    network.load_state_dict(tensors)
+    return network.to(device()).eval()
+
+
+def _logits(
+    member: Network | Boosted, inputs: Any, count: int, config: TrainingConfig
+) -> NDArray[np.float64]:
+    if isinstance(member, Boosted):
+        return member.logits(inputs)
+    given: Inputs = inputs
+    return predict(member, given, torch.arange(count), config.batch_size).astype(np.float64)
+
+
+def _boost(
+    run: Path,
+    description_NF: NDArray[np.float32],
+    parts: Parts,
+    config: TrainingConfig,
+    identity: dict[str, Any],
+    resume: bool,
+) -> None:
+    signature = {"config": config.deciding(), "identity": identity}
+    if resume and (run / MODEL).exists():
+        check_signature(run / MODEL, signature, checkpoint.read(run / MODEL)[1])
+        return
+    rows = (parts.rows["train"].numpy(), parts.rows["validation"].numpy())
+    model = Boosted.fitted(description_NF, parts.target_N.numpy(), *rows, config)
+    made = {name: value for name, value in provenance().items() if name != "created"}
+    run.mkdir(parents=True, exist_ok=True)
+    state = signature | {"provenance": made, "best_epoch": model.rounds}
+    checkpoint.save(run / MODEL, model.tensors(), state)
+
+
+def _description(config: TrainingConfig, data: CloudSet) -> NDArray[np.float32]:
+    """(N, F), what trees see of each crystal."""
+    return DESCRIPTIONS[cast(BoostedName, config.model)](data)
+
+
+def _folders(run: Path, config: TrainingConfig) -> list[Path]:
+    if config.members == 1:
+        return [run]
+    return [run / f"member-{number}" for number in range(config.members)]

@@ -1,0 +1,64 @@
+"""A name in the configuration → a new model."""
+
+from collections.abc import Callable
+from typing import Protocol, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.config import BoostedName, ModelName, NetworkName, TrainingConfig
+from training.dataset import CloudBatch, CloudSet
+from training.models import baselines, descriptors
+from training.models.attention import Attention
+from training.models.harmonic import Harmonic
+from training.models.pointnet import PointNet
+from training.models.powder_cnn import PowderCNN
+
+Network = PointNet | Harmonic | Attention | PowderCNN
+Describe = Callable[[CloudSet], NDArray[np.float32]]
+
+_NETWORKS: dict[NetworkName, type[Network]] = {
+    "pointnet": PointNet,
+    "harmonic": Harmonic,
+    "attention": Attention,
+    "powder_cnn": PowderCNN,
+}
+
+_WIDTHS: dict[ModelName, int] = {"pointnet": 256, "harmonic": 256}
+
+# What a boosted model sees of each crystal, (N, F).
+DESCRIPTIONS: dict[BoostedName, Describe] = {
+    "boosted": descriptors.invariants,
+    "lattice_only": baselines.lattice,
+    "powder": baselines.powder,
+    "composition_only": baselines.composition,
+    "majority": descriptors.nothing,
+}
+
+
+class Inputs(Protocol):
+    """What a network's `prepare` makes of a set of clouds, once for all epochs."""
+
+    def batch(self, rows_B: Tensor) -> Tensor | CloudBatch:
+        """What the network is fed for some of the crystals."""
+
+
+def is_boosted(name: ModelName) -> bool:
+    """Whether a model is made of trees; otherwise it is a network."""
+    return name in get_args(BoostedName)
+
+
+def empty_network(config: TrainingConfig) -> Network:
+    """The configured network with seeded weights, its units not set."""
+    torch.manual_seed(config.seed)
+    kind = _NETWORKS[cast(NetworkName, config.model)]
+    return kind(len(config.question.classes), config.width or _WIDTHS.get(config.model, 64))
+
+
+def new_network(config: TrainingConfig, data: CloudSet, train_rows: Tensor) -> Network:
+    """The configured network with seeded weights and units of the training crystals."""
+    network = empty_network(config)
+    network.scale_to(data.subset(train_rows.numpy()))
+    return network

@@ -1,0 +1,209 @@
+"""A trained model → predictions for any crystals, featurized exactly as those of its training.
+
+| column                                 | meaning                                                |
+|----------------------------------------|--------------------------------------------------------|
+| `material_id`                          | the crystal's id in its source                         |
+| `task`                                 | the question that the model was trained for            |
+| `prediction`                           | the more probable class, or most probable one          |
+| `probability`                          | of the positive class, e.g. `stiff`                    |
+| `probability_CLASS`                    | instead of it, where there are more than two classes   |
+| `lower`, `upper`                       | that probability by the members of the ensemble        |
+| `out_of_distribution`                  | unlike the training crystals, see `training.domain`    |
+| `reason`                               | why there is no prediction                             |
+
+`lower` and `upper` are the lowest and the highest probability that a member of the ensemble gives;
+with several classes, to the predicted one. Nothing need be assumed of how members scatter for this
+to have a meaning: one more member, trained in the same way, would fall between them with
+probability (M − 1)/(M + 1) of M members. A t interval of so few members would need them to be
+normal, and would be as wide as [0, 1] for three. Without an ensemble both are empty.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+
+from cluster.config import build_config
+from cluster.errors import UserError
+from cluster.files import replacing
+from featurization.config import FeaturizationConfig
+from featurization.shards import Entry
+from training import domain
+from training.dataset import cloud_set
+from training.ensemble import load_run
+from training.features import Item, of_dataset, of_source, of_structures
+
+# What is predicted at a time: as many crystals, or stored points, at most.
+_CRYSTALS, _POINTS = 512, 1 << 21
+_SUFFIXES = (".csv", ".parquet", ".jsonl")
+
+
+class Predictor:
+    """A trained model that takes crystals.
+
+    Args:
+        run: the folder of a finished training run.
+
+    Raises:
+        UserError: no such run, or one that has not finished.
+    """
+
+    def __init__(self, run: Path | str) -> None:
+        run = Path(run)
+        self._trained, recorded = load_run(run)
+        self.featurization = featurization_of(run, recorded)
+        self._domain = domain.read(run)
+        self._task = self._trained.config.question
+        binary = len(self._task.classes) == 2
+        names = ["probability"] if binary else [f"probability_{c}" for c in self._task.classes]
+        self._shown = [1] if binary else list(range(len(self._task.classes)))
+        self.schema = pa.schema(
+            [(name, pa.string()) for name in ("material_id", "task", "prediction")]
+            + [(name, pa.float64()) for name in (*names, "lower", "upper")]
+            + [("out_of_distribution", pa.bool_()), ("reason", pa.string())]
+        )
+
+    def __call__(self, structures: Iterable[Any]) -> list[dict[str, Any]]:
+        """One row a crystal, as a dict of the columns above; what is empty is None.
+
+        Args:
+            structures: pymatgen `Structure`s, `Crystal`s, and paths of files or folders of
+                crystals, in any mixture.
+        """
+        items = of_structures(structures, self.featurization)
+        return [row for table in self.tables(items) for row in table.to_pylist()]
+
+    def tables(self, items: Iterable[Item]) -> Iterator[pa.Table]:
+        """Tables of `self.schema` with one row an item in their order, some hundreds at a time."""
+        block: list[Item] = []
+        points = 0
+        for item in items:
+            block.append(item)
+            points += len(item[1].cloud.hkl) if isinstance(item[1], Entry) else 0
+            if len(block) == _CRYSTALS or points >= _POINTS:
+                yield self._table(block)
+                block, points = [], 0
+        if block:
+            yield self._table(block)
+
+    def _table(self, items: list[Item]) -> pa.Table:
+        entries = [found for _, found in items if isinstance(found, Entry)]
+        answers = iter(self._answers(entries) if entries else [])
+        rows = [
+            {"material_id": _utf8(id), "task": self._task.name}
+            | (next(answers) if isinstance(found, Entry) else {"reason": _utf8(found)})
+            for id, found in items
+        ]
+        return pa.Table.from_pylist(rows, schema=self.schema)
+
+    def _answers(self, entries: list[Entry]) -> Iterator[dict[str, Any]]:
+        data = cloud_set(entries, self.featurization, self._trained.config.radiation)
+        members_MNC = self._trained.probabilities(data, torch.arange(len(data)))
+        mean_NC = members_MNC.mean(axis=0)
+        predicted_N = mean_NC.argmax(axis=1)
+        meant_N = np.ones_like(predicted_N) if len(self._shown) == 1 else predicted_N
+        meant_MN = np.take_along_axis(members_MNC, meant_N[None, :, None], axis=2)[..., 0]
+        strange = None if self._domain is None else domain.flags(data, self._domain)
+        names = [name for name in self.schema.names if name.startswith("probability")]
+        for row, predicted in enumerate(predicted_N):
+            answer: dict[str, Any] = {"prediction": self._task.classes[predicted]}
+            answer |= dict(zip(names, mean_NC[row, self._shown].tolist(), strict=True))
+            if len(members_MNC) > 1:
+                answer |= {"lower": meant_MN[:, row].min(), "upper": meant_MN[:, row].max()}
+            if strange is not None:
+                answer["out_of_distribution"] = bool(strange[row])
+            yield answer
+
+
+def predict(
+    run: Path,
+    source: str,
+    out: Path,
+    *,
+    processes: int = 1,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, int]:
+    """Predict all that a source holds into a table; memory does not grow with the source.
+
+    Args:
+        run: the folder of a finished training run.
+        source: as for `xtal featurize`, or the folder of a finished dataset.
+        out: `.csv`, `.parquet` or `.jsonl`, written whole or not at all, in the source's order.
+        processes: that featurize beside this one.
+        progress: called with the number of crystals done.
+
+    Returns:
+        How many crystals there were, were predicted, were not, and were out of distribution.
+
+    Raises:
+        UserError: no such run or source, another ending, or a dataset featurized otherwise.
+    """
+    if out.suffix not in _SUFFIXES:
+        raise UserError(
+            f"{out} ends in none of {', '.join(_SUFFIXES)}", remedy="name the table's format so"
+        )
+    if out.exists() and Path(source).exists() and out.samefile(source):
+        raise UserError(f"{out} is the source itself", remedy="write to another file")
+    predictor = Predictor(run)
+    if (Path(source) / "manifest.json").is_file():
+        items = of_dataset(Path(source), predictor.featurization)
+    else:
+        items = of_source(source, predictor.featurization, processes)
+    counts = {"crystals": 0, "predicted": 0, "not predicted": 0, "out of distribution": 0}
+    with _writing(out, predictor.schema) as write:
+        for table in predictor.tables(items):
+            write(table)
+            counts["crystals"] += len(table)
+            counts["predicted"] += len(table) - table["prediction"].null_count
+            counts["not predicted"] += table["prediction"].null_count
+            counts["out of distribution"] += sum(
+                filter(None, table["out_of_distribution"].to_pylist())
+            )
+            progress(counts["crystals"])
+    return counts
+
+
+def featurization_of(run: Path, recorded: dict[str, Any]) -> FeaturizationConfig:
+    """The settings that a run's crystals were featurized with.
+
+    Args:
+        recorded: the content of its config.json.
+
+    Raises:
+        UserError: they are not in it.
+    """
+    where = f"{run / 'config.json'}"
+    if "featurization" not in recorded:
+        raise UserError(
+            f"{where} does not say how the crystals were featurized",
+            remedy="train again with this version",
+        )
+    return build_config(FeaturizationConfig, recorded["featurization"], where=where)
+
+
+@contextmanager
+def _writing(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    with replacing(path) as temporary:
+        if path.suffix == ".parquet":
+            with pq.ParquetWriter(temporary, schema) as parquet:
+                yield parquet.write_table
+        elif path.suffix == ".csv":
+            with pyarrow.csv.CSVWriter(temporary, schema) as table:
+                yield table.write
+        else:
+            with temporary.open("w", encoding="utf-8") as stream:
+                yield lambda table: stream.writelines(
+                    json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()
+                )
+
+
+def _utf8(text: str) -> str:
+    """Names of files and broken texts can hold what no UTF-8 spells."""
+    return text.encode("utf-8", "backslashreplace").decode()
