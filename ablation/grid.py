@@ -20,7 +20,14 @@ class GridConfig(Config):
 
     dataset: str
     """Folder that `xtal featurize` wrote; relative paths start at the grid's file."""
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = (
+        "none",
+        "intensity_binary",
+        "intensity_shuffled",
+        "intensity_scaled",
+        "directions_random",
+        "basis_only",
+    )
     """Perturbations to compare; must include none, the reference."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each arm is trained once a seed; differences are paired by seed."""

@@ -83,7 +83,7 @@ def run_trial(data: CloudSet, trial: Trial, folder: Path) -> dict[str, Any]:
     """
     start = time.perf_counter()
     config = trial.training
-    perturbed = perturb(data, trial.arm, config.seed)
+    perturbed = perturb(data, trial.arm, None, config.seed)
     parts = Parts.of(perturbed, config)
     identity = {"trial": trial.id, "arm": trial.arm}
     fit_members(folder, perturbed, config, identity=identity, resume=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_trials_are_all_pairs_with_ids_of_their_own():
     grid = GridConfig(dataset="x", seeds=(3, 1), training=tiny())
     planned = trials(grid, HASH)
     assert [(t.training.seed, t.arm) for t in planned] == [
-        (seed, arm) for seed in (3, 1) for arm in perturbations.ARMS
+        (seed, arm) for seed in (3, 1) for arm in grid.arms
     ]
     assert len({t.id for t in planned}) == 12
     assert [t.id for t in trials(grid, HASH)] == [t.id for t in planned]
@@ -178,11 +179,12 @@ def test_a_trial_leaves_its_predictions_and_scores(clouds, tmp_path):
 def test_the_trial_trains_on_the_perturbed_clouds(clouds, tmp_path, monkeypatch):
     seen = []
 
-    def watching(data, generator):
+    def watching(data, strength, draws):
         seen.append(len(data))
         return data.subset(np.arange(len(data)))
 
-    monkeypatch.setitem(perturbations.ARMS, "basis_only", watching)
+    arm = replace(perturbations.ARMS["basis_only"], apply=watching)
+    monkeypatch.setitem(perturbations.ARMS, "basis_only", arm)
     found = run_trial(clouds, one_trial(), tmp_path / "a")
     none = trials(GridConfig(dataset="x", arms=("none",), training=tiny()), HASH)[0]
     reference = run_trial(clouds, none, tmp_path / "b")
@@ -191,10 +193,11 @@ def test_the_trial_trains_on_the_perturbed_clouds(clouds, tmp_path, monkeypatch)
 
 
 def test_a_broken_arm_is_a_result_with_a_traceback(dataset, tmp_path, monkeypatch):
-    def broken(data, generator):
+    def broken(data, strength, draws):
         raise ZeroDivisionError("arm is broken")
 
-    monkeypatch.setitem(perturbations.ARMS, "basis_only", broken)
+    arm = replace(perturbations.ARMS["basis_only"], apply=broken)
+    monkeypatch.setitem(perturbations.ARMS, "basis_only", arm)
     threads = __import__("torch").get_num_threads()
     row = _Trainer(str(dataset), None, threads).run(one_trial(), str(tmp_path))
     assert row["status"] == "failed"

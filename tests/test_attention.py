@@ -136,7 +136,7 @@ def test_a_broken_variant_is_found(
 def test_directions_count() -> None:
     data = random_set(0, LENGTHS)
     model = network()
-    other = perturb(data, "directions_random", 0)
+    other = perturb(data, "directions_random", None, 0)
     assert (answers(model, data) - answers(model, other)).abs().max() > 0.01
 
 
@@ -167,7 +167,7 @@ def chosen_slowly(data: CloudSet, n: int, limit: int) -> list[tuple[float, ...]]
 def test_choice_follows_its_rule(
     lengths: list[int], origin: bool, limit: int, kind: str, seed: int
 ) -> None:
-    data = perturb(random_set(seed, lengths, origin=origin), kind, 0)
+    data = perturb(random_set(seed, lengths, origin=origin), kind, None, 0)
     points = strongest(data, limit).points_NT5
     assert points.shape == (len(lengths), 1 + limit, 5)
     for n in range(len(lengths)):
@@ -207,7 +207,7 @@ def test_more_equal_points_than_places_are_left_out() -> None:
 @pytest.mark.parametrize("arm", sorted(ARMS))
 def test_perturbed_clouds_have_answers_and_gradients(arm: str) -> None:
     for data in (random_set(0, [0, *LENGTHS]), random_set(1, [0, 0, 3], origin=False)):
-        data = perturb(data, arm, 0)
+        data = perturb(data, arm, None, 0)
         model = network().train()
         logits = model(model.prepare(data).batch(torch.arange(len(data))))
         assert logits.shape == (len(data), 3)

@@ -232,7 +232,7 @@ def test_clouds_of_few_points(lengths: list[int], scaled: bool) -> None:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_perturbed_cloud_has_an_answer(arm: str, clouds: CloudSet) -> None:
-    data = perturb(clouds.subset(np.arange(20)), arm, seed=0)
+    data = perturb(clouds.subset(np.arange(20)), arm, None, seed=0)
     model = Harmonic(7, 16).eval()
     model.scale_to(data)
     assert answers(model, data).isfinite().all()

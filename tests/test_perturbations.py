@@ -36,7 +36,7 @@ def same(data, tensors, names=TENSORS):
 @given(data=SETS, seed=st.integers(0, 2**31))
 def test_arms_are_pure_and_repeatable(arm, data, seed):
     before = copied(data)
-    first, again = perturb(data, arm, seed), perturb(data, arm, seed)
+    first, again = perturb(data, arm, None, seed), perturb(data, arm, None, seed)
     assert same(data, before)  # the input is as it was
     assert same(again, copied(first))
     for field in fields(data):
@@ -50,27 +50,27 @@ def test_arms_are_pure_and_repeatable(arm, data, seed):
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_only_the_random_arms_depend_on_the_seed(arm):
     data = random_set(0, [9] * 8)
-    differ = not same(perturb(data, arm, 0), copied(perturb(data, arm, 1)))
+    differ = not same(perturb(data, arm, None, 0), copied(perturb(data, arm, None, 1)))
     assert differ == (arm in RANDOM)
 
 
 def test_the_random_arms_do_not_share_their_random_numbers():
     data = random_set(0, [9] * 8)
     state = torch.random.get_rng_state()
-    perturb(data, "directions_random", 0)
+    perturb(data, "directions_random", None, 0)
     assert torch.equal(torch.random.get_rng_state(), state)  # nor do they touch the global ones
 
 
 @settings(deadline=None)
 @given(SETS, st.integers(0, 9))
 def test_none_is_the_identity(data, seed):
-    assert perturb(data, "none", seed) is data
+    assert perturb(data, "none", None, seed) is data
 
 
 @settings(deadline=None)
 @given(SETS)
 def test_binary_keeps_presence_and_nothing_else_of_the_intensity(data):
-    found = perturb(data, "intensity_binary", 0)
+    found = perturb(data, "intensity_binary", None, 0)
     assert set(found.intensity_P.tolist()) <= {0.0, 1.0}
     assert torch.equal(found.intensity_P == 0, data.intensity_P == 0)
     assert same(found, copied(data), [n for n in TENSORS if n != "intensity_P"])
@@ -79,7 +79,7 @@ def test_binary_keeps_presence_and_nothing_else_of_the_intensity(data):
 @settings(deadline=None)
 @given(SETS, st.integers(0, 99))
 def test_shuffled_keeps_each_crystals_intensities_and_its_origin(data, seed):
-    found = perturb(data, "intensity_shuffled", seed)
+    found = perturb(data, "intensity_shuffled", None, seed)
     for i in range(len(data)):
         part = slice(data.offsets[i], data.offsets[i + 1])
         before, after = data.intensity_P[part], found.intensity_P[part]
@@ -93,7 +93,7 @@ def test_shuffled_is_uniform_over_permutations():
     # 3 movable points in each of 6000 crystals: 6 orders, each with probability 1/6.
     data = random_set(0, [3] * 6000, origin=False)
     ranked = replace(data, intensity_P=torch.arange(1.0, 4.0).repeat(6000))
-    found = perturb(ranked, "intensity_shuffled", 5)
+    found = perturb(ranked, "intensity_shuffled", None, 5)
     orders = Counter(map(tuple, found.intensity_P.reshape(-1, 3).tolist()))
     assert len(orders) == 6
     sigma = math.sqrt(6000 * (1 / 6) * (5 / 6))
@@ -109,7 +109,7 @@ def test_shuffled_ends_the_decay_with_q():
         return np.corrcoef(q, one.intensity_P)[0, 1]
 
     assert correlation(falling) < -0.8
-    found = perturb(falling, "intensity_shuffled", 0)
+    found = perturb(falling, "intensity_shuffled", None, 0)
     # Inside a crystal nothing is left; between crystals of unlike size something may be.
     inside = [
         np.corrcoef(a, b)[0, 1]
@@ -121,7 +121,7 @@ def test_shuffled_ends_the_decay_with_q():
 @settings(deadline=None)
 @given(SETS, st.integers(0, 99))
 def test_scaled_keeps_ratios_and_absences(data, seed):
-    found = perturb(data, "intensity_scaled", seed)
+    found = perturb(data, "intensity_scaled", None, seed)
     present = data.intensity_P > 0
     assert torch.equal(found.intensity_P > 0, present)
     factor = (found.intensity_P.double() / data.intensity_P.double())[present]
@@ -135,7 +135,7 @@ def test_scaled_keeps_ratios_and_absences(data, seed):
 
 def test_scaled_is_log_uniform():
     data = random_set(1, [1] * 8000)
-    factor = perturb(data, "intensity_scaled", 3).intensity_P / data.intensity_P
+    factor = perturb(data, "intensity_scaled", None, 3).intensity_P / data.intensity_P
     u = ((factor.double().log10() + 2) / 4).sort()[0]
     gap = float((u - (torch.arange(8000) + 0.5) / 8000).abs().max()) * math.sqrt(8000)
     assert gap < 1.95  # Kolmogorov: p = 0.001
@@ -146,7 +146,7 @@ def test_scaled_is_log_uniform():
 @settings(deadline=None)
 @given(SETS, st.integers(0, 99))
 def test_random_directions_keep_length_intensity_and_friedel(data, seed):
-    found = perturb(data, "directions_random", seed)
+    found = perturb(data, "directions_random", None, seed)
     before, after = data.q_P3.double().norm(dim=1), found.q_P3.double().norm(dim=1)
     assert torch.allclose(after, before, rtol=1e-6, atol=0)
     assert same(found, copied(data), [n for n in TENSORS if n != "q_P3"])
@@ -163,7 +163,7 @@ def test_random_directions_keep_length_intensity_and_friedel(data, seed):
 
 def test_random_directions_are_uniform_on_the_sphere(clouds):
     keep = clouds.multiplicity_P == 2
-    found = perturb(clouds, "directions_random", 0).q_P3[keep].double()
+    found = perturb(clouds, "directions_random", None, 0).q_P3[keep].double()
     direction = found / found.norm(dim=1, keepdim=True)
     n = len(direction)
     # Archimedes: each Cartesian component of a uniform direction is uniform in [−1, 1].
@@ -181,7 +181,7 @@ def test_random_directions_are_uniform_on_the_sphere(clouds):
 @settings(deadline=None)
 @given(SETS)
 def test_basis_only_is_the_three_reciprocal_vectors(data):
-    found = perturb(data, "basis_only", 0)
+    found = perturb(data, "basis_only", None, 0)
     assert found.offsets.tolist() == [3 * i for i in range(len(data) + 1)]
     assert (found.multiplicity_P == 2).all()
     stored = {
@@ -201,7 +201,7 @@ def test_basis_only_is_the_three_reciprocal_vectors(data):
 
 
 def test_basis_only_finds_the_reflections_of_real_clouds(clouds):
-    found = perturb(clouds, "basis_only", 0)
+    found = perturb(clouds, "basis_only", None, 0)
     at = {(1, 0, 0): 0, (0, 1, 0): 1, (0, 0, 1): 2}
     seen = 0
     crystals = clouds.crystal_P.tolist()
@@ -218,7 +218,7 @@ def test_basis_only_finds_the_reflections_of_real_clouds(clouds):
 @settings(deadline=None)
 @given(SETS, st.integers(0, 9), st.sampled_from(sorted(ARMS)))
 def test_every_arm_leaves_clouds_that_can_be_batched(data, seed, arm):
-    batch = perturb(data, arm, seed).batch(torch.arange(len(data)))
+    batch = perturb(data, arm, None, seed).batch(torch.arange(len(data)))
     assert (batch.lengths_B >= 1).all()
     assert int(batch.lengths_B.sum()) == len(batch.q_P3) == len(batch.intensity_P)
     assert batch.q_P3.isfinite().all()

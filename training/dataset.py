@@ -62,23 +62,25 @@ class CloudSet:
     @property
     def crystal_P(self) -> Tensor:
         """Index of the crystal that each stored point belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self)), self.offsets.diff())
+        crystals = torch.arange(len(self), device=self.offsets.device)
+        return torch.repeat_interleave(crystals, self.offsets.diff())
 
     def subset(self, rows: NDArray[Any]) -> "CloudSet":
         """The crystals of an index or boolean array."""
         rows = np.arange(len(self))[rows]
-        points, lengths = self._points(torch.from_numpy(rows))
+        rows_N = torch.from_numpy(rows).to(self.offsets.device)
+        points, lengths = self._points(rows_N)
         return CloudSet(
             ids=self.ids[rows],
             groups=self.groups[rows],
             crystal_systems=self.crystal_systems[rows],
             labels={name: values[rows] for name, values in self.labels.items()},
-            offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+            offsets=ends_of(lengths),
             hkl_P3=self.hkl_P3[points],
             q_P3=self.q_P3[points],
             intensity_P=self.intensity_P[points],
             multiplicity_P=self.multiplicity_P[points],
-            lattice_N33=self.lattice_N33[torch.from_numpy(rows)],
+            lattice_N33=self.lattice_N33[rows_N],
         )
 
     def batch(self, rows_B: Tensor) -> CloudBatch:
@@ -88,8 +90,8 @@ class CloudSet:
         full = torch.repeat_interleave(points, multiplicity)
         # The second copy of a pair is the mate at −q.
         first = torch.repeat_interleave(multiplicity.cumsum(0) - multiplicity, multiplicity)
-        sign = torch.where(torch.arange(len(full)) == first, 1.0, -1.0)
-        ends = torch.cat([torch.zeros(1, dtype=torch.int64), multiplicity.cumsum(0)])
+        sign = torch.where(torch.arange(len(full), device=full.device) == first, 1.0, -1.0)
+        ends = ends_of(multiplicity)
         return CloudBatch(
             q_P3=self.q_P3[full] * sign[:, None],
             intensity_P=self.intensity_P[full],
@@ -100,10 +102,14 @@ class CloudSet:
         """Indices of the stored points of some crystals, and how many each has."""
         starts = self.offsets[rows_B]
         lengths = self.offsets[rows_B + 1] - starts
-        within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(
-            lengths.cumsum(0) - lengths, lengths
-        )
+        within = torch.arange(int(lengths.sum()), device=lengths.device)
+        within -= torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         return torch.repeat_interleave(starts, lengths) + within, lengths
+
+
+def ends_of(lengths: Tensor) -> Tensor:
+    """0 and where each of consecutive parts of these lengths ends; int64, one longer."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
 def load(folder: Path, radiation: RadiationName | None = None) -> CloudSet:
@@ -187,13 +193,12 @@ def _whole(
 ) -> CloudSet:
     """Columns of shards or crystals, one after the other."""
     columns = {name: np.concatenate(part) for name, part in parts.items()}
-    ends = torch.from_numpy(columns["lengths"]).cumsum(0)
     return CloudSet(
         ids=columns["id"],
         groups=columns["group"],
         crystal_systems=columns["symmetry/crystal_system"],
         labels=labels,
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), ends]),
+        offsets=ends_of(torch.from_numpy(columns["lengths"])),
         hkl_P3=torch.from_numpy(columns["hkl"]),
         q_P3=torch.from_numpy(columns["q"]),
         intensity_P=torch.from_numpy(columns["intensity"]),
