@@ -18,7 +18,7 @@ import torch
 
 from ablation.grid import GridConfig, Trial, trials
 from ablation.perturbations import describe, perturb
-from ablation.stats import effect_table, metric_table
+from ablation.stats import effect_table, metric_table, sampled
 from cluster.errors import UserError
 from cluster.files import replacing, write_text
 from cluster.provenance import commit, provenance
@@ -264,10 +264,13 @@ def _write_tables(out: Path, planned: list[Trial], results: dict[str, dict[str, 
     for trial in planned:
         table = pq.read_table(out / "trials" / trial.id / "predictions.parquet")
         row = results[trial.id]
-        who = {name: [row[name]] * len(table) for name in ("trial", "arm", "seed")}
+        texts = ("trial", "model", "arm", "mode")
+        who = {name: pa.array([row[name]] * len(table), pa.string()) for name in texts}
+        who["strength"] = pa.array([row["strength"]] * len(table), pa.float64())
+        who["seed"] = pa.array([row["seed"]] * len(table), pa.int64())
         parts.append(pa.table(who | {n: table[n] for n in table.column_names if n != "split"}))
     predictions = pa.concat_tables(parts)
-    resamples = planned[0].training.resamples
+    samples = sampled(predictions, resamples=planned[0].training.resamples)
     rows = [results[trial.id] for trial in planned]
     names = ("trial", "task", "model", "arm", "strength", "mode", "seed", "status")
     columns = (*names, *METRICS, "seconds", "commit")
@@ -281,8 +284,8 @@ def _write_tables(out: Path, planned: list[Trial], results: dict[str, dict[str, 
             }
         ),
         "predictions": predictions,
-        "metrics": metric_table(predictions, resamples=resamples),
-        "effects": effect_table(predictions, resamples=resamples),
+        "metrics": metric_table(samples),
+        "effects": effect_table(samples),
     }
     for name, table in tables.items():
         with replacing(out / f"{name}.parquet") as temporary:

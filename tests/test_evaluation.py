@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as oracle
 from small import random_set, tiny
 
-from ablation.stats import effect_table
+from ablation.stats import effect_table, sampled
 from cluster.errors import UserError
 from training.breakdown import by_class, by_part
 from training.calibration import TEMPERATURES, fit_temperature, log_loss, reliability, scaled
@@ -273,7 +273,10 @@ def test_the_bootstrap_is_that_of_an_ablation_with_one_seed():
         pa.table(
             {
                 "trial": [arm] * 80,
+                "model": ["pointnet"] * 80,
                 "arm": [arm] * 80,
+                "strength": pa.nulls(80, pa.float64()),
+                "mode": ["retrain"] * 80,
                 "seed": [0] * 80,
                 "id": [f"{i:03d}" for i in range(80)],
                 "group": groups,
@@ -284,7 +287,7 @@ def test_the_bootstrap_is_that_of_an_ablation_with_one_seed():
         )
         for arm, p in (("none", second), ("arm", first))
     ]
-    expected = effect_table(pa.concat_tables(tables), resamples=200, seed=7).to_pylist()
+    expected = effect_table(sampled(pa.concat_tables(tables), resamples=200, seed=7)).to_pylist()
     found = paired_bootstrap(labels, first, second, groups, resamples=200, seed=7)
     assert list(found) == list(METRICS)
     for row in expected:

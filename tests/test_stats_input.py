@@ -6,7 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ablation.stats import effect_table, metric_table
+from ablation import stats
+
+
+def metric_table(predictions, **options):
+    return stats.metric_table(stats.sampled(predictions, **options))
+
+
+def effect_table(predictions, *, reference="none", **options):
+    return stats.effect_table(stats.sampled(predictions, **options), reference=reference)
 
 
 def _two_trials():
@@ -15,6 +23,9 @@ def _two_trials():
     return pa.table(
         {
             "trial": ["none-0"] * 6 + ["a-0"] * 6,
+            "model": ["pointnet"] * 12,
+            "strength": pa.nulls(12, pa.float64()),
+            "mode": ["retrain"] * 12,
             "arm": ["none"] * 6 + ["a"] * 6,
             "seed": [0] * 12,
             "id": [f"mp-{i}" for i in range(6)] * 2,
@@ -50,7 +61,10 @@ def _set(index, value):
         (lambda t: _edited(t, "id", _set(7, "mp-0")), "'a-0' has 1 crystals more than once.*mp-0"),
         (lambda t: _edited(t, "label", _set(8, 1)), "'a-0' .* differ in label .*'mp-2'"),
         (lambda t: _edited(t, "group", _set(8, "g")), "'a-0' .* differ in group .*'mp-2'"),
-        (lambda t: _edited(t, "seed", _set(0, 5)), "trial 'none-0' has 2 pairs of arm and seed"),
+        (
+            lambda t: _edited(t, "seed", _set(0, 5)),
+            "'none-0' has 2 sets of model, arm, strength, mode and seed",
+        ),
         (
             lambda t: pa.concat_tables([t, _renamed(t.slice(6))]),
             "arm 'a' has another trial with seed 0",
@@ -61,7 +75,7 @@ def _set(index, value):
         (lambda t: t.rename_columns([*t.column_names[:-1], "p2"]), r"lack columns \['p1'\]"),
         (lambda t: t.drop_columns(["group"]), r"lack columns \['group'\]"),
         (lambda t: t.slice(0, 0), "have 0 rows"),
-        (lambda t: t.set_column(5, "label", pa.array([0.0] * 12)), "label has type double"),
+        (lambda t: t.set_column(8, "label", pa.array([0.0] * 12)), "label has type double"),
     ],
 )
 def test_tables_that_do_not_fit_are_named(change, message):

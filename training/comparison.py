@@ -62,7 +62,7 @@ def delong(
         float(score(labels_N, p)["auroc"][0]) for p in (probabilities_NC, reference_NC)
     )
     positive = np.asarray(labels_N) == 1
-    parts = [_placements(positive, np.asarray(p)[:, 1]) for p in (probabilities_NC, reference_NC)]
+    parts = [placements(positive, np.asarray(p)[:, 1]) for p in (probabilities_NC, reference_NC)]
     difference = value - reference
     names, member_N = np.unique(np.asarray(groups_N, dtype=np.str_), return_inverse=True)
     if len(member_N) != len(positive):
@@ -134,8 +134,11 @@ def _p(difference_R: FloatArray) -> float:
     return min(1.0, 2 * (fewest + 1) / (len(defined) + 1))
 
 
-def _placements(positive_N: NDArray[np.bool_], score_N: FloatArray) -> FloatArray:
-    """(N,) share of the other class that a crystal ranks rightly against, ties counting ½."""
+def placements(positive_N: NDArray[np.bool_], score_N: FloatArray) -> FloatArray:
+    """(N,) share of the other class that a crystal ranks rightly against, ties counting ½.
+
+    The mean over either class is the AUROC. NaN where the other class is empty.
+    """
     placement = np.empty(len(score_N))
     rank = _midranks(score_N)
     own, other = rank[positive_N], rank[~positive_N]
