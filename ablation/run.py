@@ -26,6 +26,7 @@ from cluster.ray_session import local_ray
 from featurization.config import RadiationName
 from featurization.crystal import ATTRIBUTION
 from featurization.manifest import read_manifest
+from training.config import NOT_DECIDING
 from training.dataset import CloudSet, load
 from training.ensemble import fit_members, load_members
 from training.evaluate import prediction_table, predictions_of
@@ -34,7 +35,6 @@ from training.metrics import METRICS, score
 from training.split import Parts
 
 _RECORD = "results.jsonl"
-_FREE = {"workers", "checkpoint_steps"}  # settings that do not decide a result
 
 
 def run_grid(
@@ -209,7 +209,7 @@ def _claim(out: Path, grid: GridConfig, manifest: dict[str, Any], parts: Parts) 
         there = json.loads(path.read_text(encoding="utf-8"))
         for key in ("training", "dataset_summary"):
             asked = json.loads(json.dumps(description[key]))
-            changed = {k for k in asked if there[key].get(k) != asked[k]} - _FREE
+            changed = {k for k in asked if there[key].get(k) != asked[k]} - NOT_DECIDING
             if changed:
                 raise UserError(
                     f"{out} holds another grid: {key}: {', '.join(sorted(changed))} differ",

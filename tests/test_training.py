@@ -25,6 +25,7 @@ from training.evaluate import evaluate_run
 from training.loop import CHECKPOINT, MODEL, Alone, fit, learning_rate, predict
 from training.models.build import new_network
 from training.models.pointnet import PointNet
+from training.progress import Stopwatch
 from training.split import Parts
 from training.train import train
 
@@ -395,7 +396,7 @@ def test_shares_of_a_batch_add_up_to_its_gradient(clouds, size):
         model = new_network(tiny(), clouds, parts.rows["train"])
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
         turns = torch.Generator().manual_seed(0)
-        loop._step(model, optimizer, clouds, parts, rows, turns, peers)
+        loop._step(model, optimizer, clouds, parts, rows, turns, peers, Stopwatch())
         return peers.sums[0]
 
     alone = summed(Share(0, 1))

@@ -17,7 +17,7 @@ from training.breakdown import by_class, by_part
 from training.calibration import fit_temperature, log_loss, reliability, scaled
 from training.comparison import delong, paired_bootstrap
 from training.config import TrainingConfig
-from training.dataset import CloudSet
+from training.dataset import Clouds
 from training.metrics import score
 from training.split import Parts
 from training.uncertainty import combine, doubt_and_error
@@ -27,7 +27,7 @@ _LEAST = 1e-300  # a probability's logarithm must be finite
 
 
 def appraise(
-    data: CloudSet, parts: Parts, members: Mapping[str, FloatArray], config: TrainingConfig
+    data: Clouds, parts: Parts, members: Mapping[str, FloatArray], config: TrainingConfig
 ) -> dict[str, Any]:
     """Calibration, metrics by class and by crystal system, and how doubt goes with error.
 

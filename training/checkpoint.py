@@ -45,6 +45,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
+def check_signature(path: Path, signature: dict[str, Any], state: dict[str, Any]) -> None:
+    """Refuse a file of another training: `UserError` that names the first difference."""
+    for part, asked in signature.items():
+        for key, value in asked.items():
+            if state[part].get(key) != value:
+                raise UserError(
+                    f"{path} belongs to another training: {key} = {state[part].get(key)!r} there, "
+                    f"{value!r} now",
+                    remedy="resume with the same configuration, or train into a new folder",
+                )
+
+
 def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names with a prefix and a dot before them."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}

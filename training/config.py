@@ -13,6 +13,10 @@ BoostedName = Literal["boosted", "lattice_only", "powder", "composition_only", "
 ModelName = NetworkName | BoostedName
 
 
+# Settings that do not decide the trained model: how the work is shared, how often it is saved.
+NOT_DECIDING = {"workers", "restarts", "checkpoint_steps", "checkpoint_seconds"}
+
+
 class TrainingConfig(Config):
     """Settings of dataset → trained model."""
 
@@ -49,11 +53,15 @@ class TrainingConfig(Config):
     train_fraction: float = Field(default=1.0, gt=0, le=1)
     """Part of the training groups that is used: a point of a learning curve."""
     checkpoint_steps: int = Field(default=500, ge=1)
-    """Steps between checkpoints inside an epoch; each epoch ends with one, too."""
+    """Most steps between checkpoints inside an epoch; each epoch ends with one, too."""
+    checkpoint_seconds: float = Field(default=300.0, gt=0)
+    """Most seconds between checkpoints inside an epoch."""
     resamples: int = Field(default=1000, ge=100)
     """Bootstrap resamples behind each interval."""
     workers: int = Field(default=1, ge=1)
     """Processes that share each batch."""
+    restarts: int = Field(default=3, ge=0)
+    """Times that the workers begin again at their checkpoint after one of them died."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
@@ -66,7 +74,7 @@ class TrainingConfig(Config):
 
     def deciding(self) -> dict[str, Any]:
         """What decides the trained model: all but how the work is shared and how often saved."""
-        return self.model_dump(exclude={"workers", "checkpoint_steps"})
+        return self.model_dump(exclude=NOT_DECIDING)
 
     @property
     def passes(self) -> int:

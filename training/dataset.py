@@ -15,10 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster import memory
 from cluster.errors import UserError
 from featurization.config import FeaturizationConfig, RadiationName
 from featurization.manifest import read_manifest
 from featurization.shards import Entry
+from training.mapped import MappedColumns
+
+POINT_BYTES = 30  # of a stored point in memory
+_POINTS = ("hkl_P3", "q_P3", "intensity_P", "multiplicity_P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +117,63 @@ def ends_of(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
+@dataclass(frozen=True, slots=True)
+class MappedSet:
+    """A set of clouds of which only what is not points is in memory (some 300 bytes a crystal)."""
+
+    ids: NDArray[np.str_]  # as in `CloudSet`
+    groups: NDArray[np.str_]
+    crystal_systems: NDArray[np.str_]
+    labels: dict[str, NDArray[np.float64]]
+    offsets: Tensor
+    lattice_N33: Tensor
+    columns: MappedColumns
+    shard_N: NDArray[np.int64]  # where the points of each crystal lie
+    first_N: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def subset(self, rows: NDArray[Any]) -> CloudSet:
+        """The crystals of an index or boolean array, in memory."""
+        rows = np.arange(len(self))[rows]
+        lengths_B = self.offsets.diff()[rows]
+        points = self.columns.gather(self.shard_N[rows], self.first_N[rows], lengths_B.numpy())
+        return CloudSet(
+            ids=self.ids[rows],
+            groups=self.groups[rows],
+            crystal_systems=self.crystal_systems[rows],
+            labels={name: values[rows] for name, values in self.labels.items()},
+            offsets=ends_of(lengths_B),
+            lattice_N33=self.lattice_N33[torch.from_numpy(rows)],
+            **dict(zip(_POINTS, map(torch.from_numpy, points.values()), strict=True)),
+        )
+
+    def batch(self, rows_B: Tensor) -> CloudBatch:
+        """As that of `CloudSet`."""
+        return self.subset(rows_B.numpy()).batch(torch.arange(len(rows_B)))
+
+
+Clouds = CloudSet | MappedSet
+
+
+def open_clouds(folder: Path, radiation: RadiationName | None = None, sharers: int = 1) -> Clouds:
+    """All clouds of a finished dataset: in memory if they take at most half of what is free there.
+
+    Args:
+        radiation: as in `load`.
+        sharers: processes of this machine that each open them.
+
+    Raises:
+        UserError: as `load`.
+    """
+    mapped = map_clouds(folder, radiation)
+    size = POINT_BYTES * int(mapped.offsets[-1])
+    return mapped if sharers * size > memory.available() // 2 else in_memory(mapped)
+
+
 def load(folder: Path, radiation: RadiationName | None = None) -> CloudSet:
     """All clouds of a finished dataset in memory, in order of id.
-
-    The order makes training independent of how the dataset was cut into shards.
 
     Args:
         radiation: whose intensities, of those that the dataset has; None: its first.
@@ -123,24 +181,57 @@ def load(folder: Path, radiation: RadiationName | None = None) -> CloudSet:
     Raises:
         UserError: no manifest, or no such radiation in the dataset.
     """
+    return in_memory(map_clouds(folder, radiation))
+
+
+def in_memory(data: Clouds) -> CloudSet:
+    """The set itself, its points read."""
+    return data if isinstance(data, CloudSet) else data.subset(np.arange(len(data)))
+
+
+def map_clouds(folder: Path, radiation: RadiationName | None = None) -> MappedSet:
+    """All clouds of a finished dataset, their points in the shards, in order of id.
+
+    The order makes training independent of how the dataset was cut into shards.
+
+    Args and errors are those of `load`.
+    """
     manifest = read_manifest(folder)
     config = manifest["config"]
     place = _place((config["radiation"], *config["also_radiation"]), radiation, str(folder))
     intensity = f"intensity_{radiation}" if place else "intensity"
     parts: dict[str, list[NDArray[Any]]] = {}
     labels: list[dict[str, NDArray[np.float64]]] = []
-    for row in manifest["shards"]:
+    for number, row in enumerate(manifest["shards"]):
         with h5py.File(folder / row["file"], "r", locking=False) as file:
             for name in ("id", "group", "symmetry/crystal_system"):
                 parts.setdefault(name, []).append(file[name].asstr()[:].astype(np.str_))
-            for name in ("hkl", "q", "multiplicity", "lattice"):
-                parts.setdefault(name, []).append(file[name][:])
-            parts.setdefault("intensity", []).append(file[intensity][:])
-            parts.setdefault("lengths", []).append(np.diff(file["offsets"][:]))
+            offsets = file["offsets"][:]
             labels.append({name: file["labels"][name][:] for name in file["labels"]})
-    sizes = [len(part) for part in parts["id"]]
-    whole = _whole(parts, _join_labels(labels, sizes))
-    return whole.subset(np.argsort(whole.ids, kind="stable"))
+            parts.setdefault("lattice", []).append(file["lattice"][:].astype(np.float32))
+        parts.setdefault("first", []).append(offsets[:-1])
+        parts.setdefault("length", []).append(np.diff(offsets))
+        parts.setdefault("shard", []).append(np.full(len(offsets) - 1, number))
+    order = np.argsort(np.concatenate(parts["id"]), kind="stable")
+    columns = {name: np.concatenate(part)[order] for name, part in parts.items()}
+    joined = _join_labels(labels, [len(part) for part in parts["id"]])
+    types: dict[str, Any] = {
+        "hkl": np.int16,
+        "q": np.float32,
+        intensity: np.float32,
+        "multiplicity": np.int64,
+    }
+    return MappedSet(
+        ids=columns["id"],
+        groups=columns["group"],
+        crystal_systems=columns["symmetry/crystal_system"],
+        labels={name: values[order] for name, values in joined.items()},
+        offsets=ends_of(torch.from_numpy(columns["length"])),
+        lattice_N33=torch.from_numpy(columns["lattice"]),
+        columns=MappedColumns([folder / row["file"] for row in manifest["shards"]], types),
+        shard_N=columns["shard"],
+        first_N=columns["first"],
+    )
 
 
 def cloud_set(
@@ -158,21 +249,21 @@ def cloud_set(
     """
     place = _place((config.radiation, *config.also_radiation), radiation, "the featurization")
     clouds = [entry.cloud for entry in entries]
-    return _whole(
-        {
-            "id": [np.array([entry.id for entry in entries], dtype=np.str_)],
-            "group": [np.array([entry.group for entry in entries], dtype=np.str_)],
-            "symmetry/crystal_system": [
-                np.array([entry.symmetry.crystal_system for entry in entries], dtype=np.str_)
-            ],
-            "lengths": [np.array([len(cloud.hkl) for cloud in clouds], dtype=np.int64)],
-            "hkl": [cloud.hkl for cloud in clouds],
-            "q": [cloud.q for cloud in clouds],
-            "intensity": [c.also[place - 1] if place else c.intensity for c in clouds],
-            "multiplicity": [cloud.multiplicity for cloud in clouds],
-            "lattice": [entry.lattice[None] for entry in entries],
-        },
-        {},
+    lengths = torch.tensor([len(cloud.hkl) for cloud in clouds])
+    points: dict[str, list[NDArray[Any]]] = {
+        "hkl_P3": [cloud.hkl for cloud in clouds],
+        "q_P3": [cloud.q for cloud in clouds],
+        "intensity_P": [c.also[place - 1] if place else c.intensity for c in clouds],
+        "multiplicity_P": [cloud.multiplicity.astype(np.int64) for cloud in clouds],
+    }
+    return CloudSet(
+        ids=np.array([entry.id for entry in entries], dtype=np.str_),
+        groups=np.array([entry.group for entry in entries], dtype=np.str_),
+        crystal_systems=np.array([e.symmetry.crystal_system for e in entries], dtype=np.str_),
+        labels={},
+        offsets=ends_of(lengths),
+        lattice_N33=torch.from_numpy(np.stack([entry.lattice for entry in entries])).float(),
+        **{name: torch.from_numpy(np.concatenate(part)) for name, part in points.items()},
     )
 
 
@@ -186,25 +277,6 @@ def _place(radiations: Sequence[RadiationName], radiation: RadiationName | None,
             remedy=f"it has {', '.join(radiations)}; featurize with --radiation {radiation}",
         )
     return radiations.index(radiation)
-
-
-def _whole(
-    parts: dict[str, list[NDArray[Any]]], labels: dict[str, NDArray[np.float64]]
-) -> CloudSet:
-    """Columns of shards or crystals, one after the other."""
-    columns = {name: np.concatenate(part) for name, part in parts.items()}
-    return CloudSet(
-        ids=columns["id"],
-        groups=columns["group"],
-        crystal_systems=columns["symmetry/crystal_system"],
-        labels=labels,
-        offsets=ends_of(torch.from_numpy(columns["lengths"])),
-        hkl_P3=torch.from_numpy(columns["hkl"]),
-        q_P3=torch.from_numpy(columns["q"]),
-        intensity_P=torch.from_numpy(columns["intensity"]),
-        multiplicity_P=torch.from_numpy(columns["multiplicity"]).long(),
-        lattice_N33=torch.from_numpy(columns["lattice"]).float(),
-    )
 
 
 def _join_labels(

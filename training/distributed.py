@@ -19,9 +19,9 @@ from torch import Tensor
 from cluster.errors import UserError
 from cluster.ray_session import local_ray
 from training.config import TrainingConfig
-from training.dataset import load
+from training.dataset import open_clouds
 from training.ensemble import fit_members
-from training.loop import Progress
+from training.progress import Progress
 from training.tensorboard import log_epochs
 
 
@@ -71,7 +71,7 @@ class _Worker:
             with log_epochs(Path(run), rank == 0) as log:
                 fit_members(
                     Path(run),
-                    load(Path(dataset), config.radiation),
+                    open_clouds(Path(dataset), config.radiation, config.workers),
                     config,
                     identity=identity,
                     resume=resume,

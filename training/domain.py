@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training import checkpoint
-from training.dataset import CloudSet
+from training.dataset import Clouds, CloudSet
 
 FILE = "domain.safetensors"
 _QUANTILE = 0.99
@@ -34,7 +34,7 @@ _MOST_KEPT = 10_000
 _BLOCK = 512  # crystals at a time: 20 MB of distances
 
 
-def fit(data: CloudSet, train_rows: Tensor, validation_rows: Tensor) -> dict[str, Tensor]:
+def fit(data: Clouds, train_rows: Tensor, validation_rows: Tensor) -> dict[str, Tensor]:
     """What `flags` needs to know of the training crystals.
 
     Args:
@@ -43,6 +43,9 @@ def fit(data: CloudSet, train_rows: Tensor, validation_rows: Tensor) -> dict[str
     Returns:
         Named tensors, 40 bytes a training crystal at most.
     """
+    train_rows, validation_rows = (
+        rows[:: -(-len(rows) // _MOST_KEPT)] for rows in (train_rows, validation_rows)
+    )
     train = data.subset(train_rows.numpy())
     length_P, intensity_P = train.q_P3.norm(dim=1).numpy(), train.intensity_P.numpy()
     present = intensity_P[intensity_P > 0]
@@ -58,8 +61,7 @@ def fit(data: CloudSet, train_rows: Tensor, validation_rows: Tensor) -> dict[str
     covariance += torch.diag(1e-3 * covariance.diag() + 1e-6)
     whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
     tensors |= {"mean": statistics.mean(dim=0), "whitening": whitening}
-    step = -(-len(centred) // _MOST_KEPT)
-    tensors |= {"known": (centred @ whitening)[::step].contiguous()}
+    tensors |= {"known": (centred @ whitening).contiguous()}
     validation = distances(data.subset(validation_rows.numpy()), tensors)
     return tensors | {"threshold": torch.tensor(np.quantile(validation, _QUANTILE))}
 
@@ -84,7 +86,7 @@ def flags(data: CloudSet, tensors: Mapping[str, Tensor]) -> NDArray[np.bool_]:
 
 
 def write(
-    run: Path, data: CloudSet, train_rows: Tensor, validation_rows: Tensor
+    run: Path, data: Clouds, train_rows: Tensor, validation_rows: Tensor
 ) -> dict[str, Tensor]:
     """`fit`, kept in the folder of a training run."""
     tensors = fit(data, train_rows, validation_rows)

@@ -19,11 +19,13 @@ from cluster.errors import UserError
 from cluster.provenance import provenance
 from training import checkpoint
 from training.config import BoostedName, TrainingConfig
-from training.dataset import CloudSet
-from training.loop import MODEL, Progress, check_signature, device, fit, predict
+from training.dataset import Clouds
+from training.inputs import blocks, prepared
+from training.loop import MODEL, device, fit, predict
 from training.models.boosted import Boosted
 from training.models.build import (
     DESCRIPTIONS,
+    Describe,
     Inputs,
     Network,
     empty_network,
@@ -31,6 +33,7 @@ from training.models.build import (
     new_network,
 )
 from training.peers import Alone, Peers
+from training.progress import Progress
 from training.split import Parts
 
 
@@ -42,23 +45,25 @@ class Trained:
     states: list[dict[str, Any]]  # of each member: config, identity, provenance, best_epoch
     members: list[Network | Boosted]
 
-    def logits(self, data: CloudSet, rows: Tensor | None = None) -> NDArray[np.float64]:
+    def logits(self, data: Clouds, rows: Tensor | None = None) -> NDArray[np.float64]:
         """(members, n, C) logits of the crystals `rows`, by default of all."""
-        data = data if rows is None else data.subset(rows.numpy())
-        first = self.members[0]
-        inputs = (
-            _description(self.config, data) if isinstance(first, Boosted) else first.prepare(data)
-        )
-        return np.stack([_logits(each, inputs, len(data), self.config) for each in self.members])
+        first, parts = self.members[0], []
+        for block in blocks(data, torch.arange(len(data)) if rows is None else rows):
+            some = data.subset(block.numpy())
+            inputs = (
+                _describe(self.config)(some) if isinstance(first, Boosted) else first.prepare(some)
+            )
+            parts.append([_logits(each, inputs, len(some), self.config) for each in self.members])
+        return np.concatenate([np.stack(part) for part in parts], axis=1)
 
-    def probabilities(self, data: CloudSet, rows: Tensor | None = None) -> NDArray[np.float64]:
+    def probabilities(self, data: Clouds, rows: Tensor | None = None) -> NDArray[np.float64]:
         """(members, n, C); the ensemble's answer is the mean over its members."""
         return torch.from_numpy(self.logits(data, rows)).softmax(dim=-1).numpy()
 
 
 def fit_members(
     run: Path,
-    data: CloudSet,
+    data: Clouds,
     config: TrainingConfig,
     *,
     identity: dict[str, Any],
@@ -81,12 +86,13 @@ def fit_members(
             progress(replace(at, epoch=at.epoch + passed, epochs=config.members * config.passes))
 
         if is_boosted(config.model):
-            inputs = _description(config, data) if inputs is None else inputs
+            inputs = _descriptions(config, data) if inputs is None else inputs
             _boost(folder, inputs, parts, own, identity, resume)
-            shifted(Progress(0, 1, 1, 1, None))
+            shifted(Progress(0, 1, 1, 1))
         else:
             if inputs is None and config.members > 1:
-                inputs = new_network(own, data, parts.rows["train"]).prepare(data)
+                model = new_network(own, data, parts.rows["train"])
+                inputs = prepared(model, data, peers, run)
             fit(
                 folder,
                 data,
@@ -161,7 +167,7 @@ def _boost(
 ) -> None:
     signature = {"config": config.deciding(), "identity": identity}
     if resume and (run / MODEL).exists():
-        check_signature(run / MODEL, signature, checkpoint.read(run / MODEL)[1])
+        checkpoint.check_signature(run / MODEL, signature, checkpoint.read(run / MODEL)[1])
         return
     rows = (parts.rows["train"].numpy(), parts.rows["validation"].numpy())
     model = Boosted.fitted(description_NF, parts.target_N.numpy(), *rows, config)
@@ -171,9 +177,15 @@ def _boost(
     checkpoint.save(run / MODEL, model.tensors(), state)
 
 
-def _description(config: TrainingConfig, data: CloudSet) -> NDArray[np.float32]:
+def _describe(config: TrainingConfig) -> Describe:
+    return DESCRIPTIONS[cast(BoostedName, config.model)]
+
+
+def _descriptions(config: TrainingConfig, data: Clouds) -> NDArray[np.float32]:
     """(N, F), what trees see of each crystal."""
-    return DESCRIPTIONS[cast(BoostedName, config.model)](data)
+    describe = _describe(config)
+    parts = blocks(data, torch.arange(len(data)))
+    return np.concatenate([describe(data.subset(block.numpy())) for block in parts])
 
 
 def _folders(run: Path, config: TrainingConfig) -> list[Path]:

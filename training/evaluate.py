@@ -20,7 +20,7 @@ from training.appraisal import appraise, compare, plain
 from training.breakdown import by_part
 from training.card import write_card
 from training.config import TrainingConfig
-from training.dataset import CloudSet, load
+from training.dataset import Clouds, in_memory, open_clouds
 from training.ensemble import Trained, load_run
 from training.leakage import audit
 from training.metrics import confusion_matrix, evaluate
@@ -28,16 +28,14 @@ from training.split import Parts
 from training.tensorboard import log_evaluation
 
 
-def predictions_of(
-    trained: Trained, data: CloudSet, parts: Parts
-) -> dict[str, NDArray[np.float64]]:
+def predictions_of(trained: Trained, data: Clouds, parts: Parts) -> dict[str, NDArray[np.float64]]:
     """Split → (n, C) probabilities of its crystals, for validation and test."""
     sides = ("validation", "test")
     return {side: trained.probabilities(data, parts.rows[side]).mean(axis=0) for side in sides}
 
 
 def prediction_table(
-    data: CloudSet, parts: Parts, probabilities: dict[str, NDArray[np.float64]]
+    data: Clouds, parts: Parts, probabilities: dict[str, NDArray[np.float64]]
 ) -> pa.Table:
     """One row a crystal: id, group, split, label (class index), p0 … p{C−1}."""
     tables = []
@@ -58,6 +56,7 @@ def evaluate_run(
     run: Path,
     dataset: Path | None = None,
     *,
+    data: Clouds | None = None,
     against: Path | None = None,
     leaks: bool = False,
 ) -> dict[str, Any]:
@@ -68,6 +67,7 @@ def evaluate_run(
 
     Args:
         dataset: where the dataset is now, when it has moved since the training.
+        data: what `open_clouds` gives for it, if that is known already.
         against: another evaluated run on the same test crystals to compare with.
         leaks: count the test crystals that have a near-duplicate in training, list them in
             `leakage.parquet`, and tell the metrics of the others apart.
@@ -84,7 +84,7 @@ def evaluate_run(
             f"{folder} has content hash {found[:12]}…, the model was trained on {asked[:12]}…",
             remedy="give the dataset of the training with --dataset",
         )
-    data = load(folder, config.radiation)
+    data = open_clouds(folder, config.radiation) if data is None else data
     parts = Parts.of(data, config)
     sides = ("validation", "test")
     members = {side: trained.probabilities(data, parts.rows[side]) for side in sides}
@@ -106,13 +106,15 @@ def evaluate_run(
 
 def _leakage(
     run: Path,
-    data: CloudSet,
+    data: Clouds,
     parts: Parts,
     probability_NC: NDArray[np.float64],
     config: TrainingConfig,
 ) -> dict[str, Any]:
     """The audit's counts, and the metrics of test crystals with and without a near-duplicate."""
-    counts, table = audit(data, {side: rows.numpy() for side, rows in parts.rows.items()})
+    counts, table = audit(
+        in_memory(data), {side: rows.numpy() for side, rows in parts.rows.items()}
+    )
     with replacing(run / "leakage.parquet") as temporary:
         pq.write_table(table, temporary)
     test = table.filter(pc.equal(table["split"], "test"))
@@ -126,7 +128,7 @@ def _leakage(
 
 
 def summarize(
-    data: CloudSet, parts: Parts, probability_NC: NDArray[np.float64], config: TrainingConfig
+    data: Clouds, parts: Parts, probability_NC: NDArray[np.float64], config: TrainingConfig
 ) -> dict[str, Any]:
     """Metrics of the test split with 95 % intervals (groups resampled), as plain JSON values."""
     task = config.question

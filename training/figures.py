@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from training.dataset import CloudSet
+from training.dataset import Clouds
 
 matplotlib.use("Agg", force=False)
 
@@ -57,7 +57,7 @@ def curves_figure(
     return figure
 
 
-def cloud_figure(data: CloudSet, row: int) -> Figure:
+def cloud_figure(data: Clouds, row: int) -> Figure:
     """One diffraction cloud in 3D; area and colour grow with the logarithm of the intensity."""
     chosen = data.subset(np.array([row]))
     q = chosen.q_P3.numpy()

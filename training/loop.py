@@ -9,6 +9,7 @@ part.
 import csv
 import io
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,26 +25,17 @@ from cluster.files import write_text
 from cluster.provenance import provenance
 from training import checkpoint
 from training.config import TrainingConfig
-from training.dataset import CloudBatch, CloudSet
+from training.dataset import CloudBatch, Clouds
+from training.inputs import prepared
 from training.metrics import score
 from training.models.build import Inputs, Network, new_network
 from training.peers import Alone, Peers
+from training.progress import Progress, Stopwatch
 from training.rotations import random_rotations
 from training.split import Parts
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a training stands; `epoch` is finished when `step == steps`."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    record: dict[str, float] | None  # the epoch's row of history.csv when finished
 
 
 @dataclass
@@ -82,7 +74,7 @@ def predict(
 
 def fit(
     run: Path,
-    data: CloudSet,
+    data: Clouds,
     config: TrainingConfig,
     *,
     identity: dict[str, Any],
@@ -96,7 +88,7 @@ def fit(
 
     Args:
         identity: what the data is (content hash, arm); a checkpoint of other data is refused.
-        inputs: what the network's `prepare` gives for `data`, if it is known already.
+        inputs: what `training.inputs.prepared` gives for the network, if it is known already.
         resume: go on from the checkpoint in `run` if there is one; the result is bit for bit
             that of a training which was never interrupted.
         stop_after: leave after this many steps in this call, as a job at its time limit does.
@@ -111,7 +103,7 @@ def fit(
     parts = Parts.of(data, config)
     where = device()
     model = new_network(config, data, parts.rows["train"])
-    inputs = model.prepare(data) if inputs is None else inputs
+    inputs = prepared(model, data, peers, run) if inputs is None else inputs
     model.to(where)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -127,8 +119,9 @@ def fit(
     best = {name: tensor.detach().clone() for name, tensor in best.items()}
     train = parts.rows["train"]
     steps = math.ceil(len(train) / config.batch_size)
-    taken = 0
+    taken, saved = 0, time.monotonic()
     while at.epoch < config.epochs:
+        watch = Stopwatch()
         order = train[torch.randperm(len(train), generator=_generator(config.seed, at.epoch))]
         while at.step < steps:
             rate = learning_rate(at.epoch * steps + at.step, config.epochs * steps, config)
@@ -136,13 +129,15 @@ def fit(
                 group["lr"] = rate
             rows = order[at.step * config.batch_size : (at.step + 1) * config.batch_size]
             random = _generator(config.seed, at.epoch, at.step)
-            at.loss_sum += _step(model, optimizer, inputs, parts, rows, random, peers)
+            at.loss_sum += _step(model, optimizer, inputs, parts, rows, random, peers, watch)
             at.step += 1
             taken += 1
             if at.step < steps:
-                if peers.rank == 0 and (at.step % config.checkpoint_steps == 0):
+                late = time.monotonic() - saved >= config.checkpoint_seconds
+                if peers.rank == 0 and (late or at.step % config.checkpoint_steps == 0):
                     _save(path, at, best, signature, model, optimizer)
-                progress(Progress(at.epoch, config.epochs, at.step, steps, None))
+                    saved = time.monotonic()
+                progress(Progress(at.epoch, config.epochs, at.step, steps))
                 if taken == stop_after:
                     return None
         record = _validate(model, inputs, parts, config, peers, at, rate)
@@ -156,7 +151,8 @@ def fit(
             # In this order: a training that ends with its checkpoint has its whole history.
             write_text(run / "history.csv", _table(at.history))
             _save(path, at, best, signature, model, optimizer)
-        progress(Progress(at.epoch - 1, config.epochs, steps, steps, record))
+            saved = time.monotonic()
+        progress(Progress(at.epoch - 1, config.epochs, steps, steps, record, watch.speed()))
         if taken == stop_after and at.epoch < config.epochs:
             return None
     model.load_state_dict(best)
@@ -182,9 +178,11 @@ def _step(
     rows_B: Tensor,
     random: torch.Generator,
     peers: Peers,
+    watch: Stopwatch,
 ) -> float:
     """One update; returns the loss summed over the crystals of the whole batch."""
     where = next(model.parameters()).device
+    watch.start()
     torch.manual_seed(random.initial_seed())  # of dropout, on every device
     model.train()
     optimizer.zero_grad(set_to_none=False)
@@ -193,6 +191,7 @@ def _step(
     if model.rotates:
         assert isinstance(batch, CloudBatch)
         batch = batch.rotated(random_rotations(len(rows_B), random)[mine])
+    watch.has_batch()
     with _autocast(where):
         logits = model(batch.to(where)).float()
         loss = torch.nn.functional.cross_entropy(
@@ -202,7 +201,9 @@ def _step(
     total = loss.detach()
     peers.sum([*(p.grad for p in model.parameters() if p.grad is not None), total])
     optimizer.step()
-    return float(total)
+    answer = float(total)
+    watch.stop(len(rows_B))
+    return answer
 
 
 def _validate(
@@ -250,23 +251,11 @@ def _save(
     checkpoint.save(path, tensors, signature | {"position": vars(at)})
 
 
-def check_signature(path: Path, signature: dict[str, Any], state: dict[str, Any]) -> None:
-    """Refuse a file of another training: `UserError` that names the first difference."""
-    for part, asked in signature.items():
-        for key, value in asked.items():
-            if state[part].get(key) != value:
-                raise UserError(
-                    f"{path} belongs to another training: {key} = {state[part].get(key)!r} there, "
-                    f"{value!r} now",
-                    remedy="resume with the same configuration, or train into a new folder",
-                )
-
-
 def _restore(
     path: Path, signature: dict[str, Any], model: Network, optimizer: torch.optim.Optimizer
 ) -> tuple[_Position, dict[str, Tensor]]:
     tensors, state = checkpoint.read(path)
-    check_signature(path, signature, state)
+    checkpoint.check_signature(path, signature, state)
     model.load_state_dict(checkpoint.unpack("model", tensors))
     checkpoint.restore_optimizer(optimizer, checkpoint.unpack("optimizer", tensors))
     torch.set_rng_state(tensors["rng"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.errors import UserError
 from training.config import TrainingConfig
-from training.dataset import CloudSet
+from training.dataset import Clouds
 from training.tasks import UNKNOWN
 
 SPLITS = ("train", "validation", "test")
@@ -56,7 +56,7 @@ class Parts:
     rows: dict[str, Tensor]  # split → int64 rows
 
     @classmethod
-    def of(cls, data: CloudSet, config: TrainingConfig) -> "Parts":
+    def of(cls, data: Clouds, config: TrainingConfig) -> "Parts":
         """Split a dataset for the config's task.
 
         Raises:

@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-from training.dataset import CloudSet
+from training.dataset import Clouds
 from training.figures import cloud_figure, confusion_figure, curves_figure
-from training.loop import Progress
+from training.progress import Progress
 from training.split import Parts
 from training.tasks import Task
 
@@ -22,13 +23,16 @@ _FOLDER = "tensorboard"
 
 @contextmanager
 def log_epochs(run: Path, writes: bool = True) -> Iterator[Callable[[Progress], None]]:
-    """A progress callback that logs each finished epoch's losses, metrics and learning rate."""
+    """A progress callback that logs each finished epoch: losses, metrics, learning rate, speed."""
     if not writes:
         yield lambda at: None
         return
     writer = SummaryWriter(str(run / _FOLDER))
 
     def log(at: Progress) -> None:
+        speed = {} if at.speed is None else asdict(at.speed)
+        for name, value in speed.items():
+            writer.add_scalar(f"speed/{name}", value, at.epoch)
         for name, value in (at.record or {}).items():
             if name != "epoch":
                 tag = re.sub(r"^(train|validation)_", r"\1/", name)
@@ -44,7 +48,7 @@ def log_epochs(run: Path, writes: bool = True) -> Iterator[Callable[[Progress], 
 
 def log_evaluation(
     run: Path,
-    data: CloudSet,
+    data: Clouds,
     parts: Parts,
     probability_NC: NDArray[np.float64],
     task: Task,

@@ -10,13 +10,13 @@ from cluster.errors import UserError
 from cluster.files import write_text
 from cluster.provenance import provenance
 from featurization.manifest import read_manifest
-from training import domain
+from training import checkpoint, domain
 from training.config import TrainingConfig
-from training.dataset import load
+from training.dataset import open_clouds
 from training.distributed import fit_on_workers
 from training.ensemble import fit_members
 from training.evaluate import evaluate_run
-from training.loop import Progress, check_signature
+from training.progress import Progress
 from training.split import Parts
 from training.tensorboard import log_epochs
 
@@ -49,14 +49,14 @@ def train(
         )
     if run.exists() and any(run.iterdir()) and not begun:
         raise UserError(f"{run} is not empty and holds no training", remedy="give a new folder")
-    data = load(dataset, config.radiation)
+    data = open_clouds(dataset, config.radiation)
     parts = Parts.of(data, config)  # a question that cannot be asked leaves no folder behind
     if begun:
         recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
         earlier = build_config(TrainingConfig, recorded["training"], where=f"{run}/config.json")
         signature = {"config": config.deciding(), "identity": identity}
         recorded = {"config": earlier.deciding(), "identity": recorded["identity"]}
-        check_signature(run / "config.json", signature, recorded)
+        checkpoint.check_signature(run / "config.json", signature, recorded)
     else:
         recorded = {
             "dataset": str(dataset.resolve()),
@@ -77,4 +77,4 @@ def train(
 
             fit_members(run, data, config, identity=identity, resume=resume, progress=both)
     domain.write(run, data, parts.rows["train"], parts.rows["validation"])
-    return evaluate_run(run, dataset)
+    return evaluate_run(run, dataset, data=data)

@@ -1,0 +1,73 @@
+"""What a network is fed of each crystal, made once for all epochs by all workers together.
+
+Inputs of a fixed size (coefficients, tokens, profiles) are kept in memory if they take at most half
+of what is free there, else in a file of the run's folder that has no name and goes with the
+process. A network that sees the points themselves is fed the clouds.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster import memory
+from training.dataset import CloudBatch, Clouds
+from training.models.build import Inputs, Network
+from training.peers import Peers
+
+_BLOCK_CRYSTALS, _BLOCK_POINTS = 4096, 1 << 21  # worked on at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Inputs of a fixed size, in memory or mapped from a file."""
+
+    values_N: Tensor  # (N, …) float32
+
+    def batch(self, rows_B: Tensor) -> Tensor:
+        """Those of some crystals."""
+        return self.values_N[rows_B]
+
+
+def prepared(model: Network, data: Clouds, peers: Peers, folder: Path) -> Inputs:
+    """What `model.prepare` gives for a whole set; each worker makes its part, all get all.
+
+    Args:
+        folder: of the file, if it needs one.
+    """
+    answer: Tensor | None = None
+    for rows in blocks(data, torch.arange(len(data))):
+        mine = rows[peers.rank :: peers.size]
+        made = model.prepare(data.subset(mine.numpy())).batch(torch.arange(len(mine)))
+        if isinstance(made, CloudBatch):
+            return data
+        whole = torch.from_numpy(peers.gather(made.flatten(1).numpy()))
+        if answer is None:
+            answer = _room((len(data), *made.shape[1:]), peers.size, folder)
+        answer[rows] = whole.unflatten(1, made.shape[1:])
+    assert answer is not None, "no crystals"
+    return Rows(answer)
+
+
+def blocks(data: Clouds, rows: Tensor) -> Iterator[Tensor]:
+    """Rows cut into parts whose clouds take little memory, each of at least one crystal."""
+    ends = data.offsets.diff()[rows].cumsum(0)
+    start = 0
+    while start < len(rows):
+        before = int(ends[start - 1]) if start else 0
+        room = int(torch.searchsorted(ends, before + _BLOCK_POINTS, right=True))
+        stop = min(max(room, start + 1), start + _BLOCK_CRYSTALS)
+        yield rows[start:stop]
+        start = stop
+
+
+def _room(shape: tuple[int, ...], sharers: int, folder: Path) -> Tensor:
+    if sharers * 4 * int(np.prod(shape)) <= memory.available() // 2:
+        return torch.empty(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return torch.from_numpy(np.memmap(file, np.float32, mode="w+", shape=shape))
