@@ -22,7 +22,7 @@ from ablation.stats import effect_table, metric_table, sampled
 from cluster.errors import UserError
 from cluster.files import replacing, write_text
 from cluster.provenance import commit, provenance
-from cluster.ray_session import local_ray
+from cluster.ray_session import cards, cores, ray_for
 from featurization.config import RadiationName
 from featurization.crystal import ATTRIBUTION
 from featurization.manifest import read_manifest
@@ -124,20 +124,19 @@ def _run(
     grid: GridConfig,
     progress: Callable[[int], None],
 ) -> None:
-    cores = os.cpu_count() or 1
-    processes = min(grid.processes or cores, len(todo))
+    processes = min(grid.processes or cores(), len(todo))
     finished = total - len(todo)
     failed = 0
     made_by = commit()
     epochs = grid.training.epochs
-    with local_ray(processes):
+    with ray_for(processes):
         import ray
 
         # Ray takes whole GPUs, or equal parts of one that several trials then share.
-        cards = torch.cuda.device_count()
-        gpus = 0 if not cards else 1 / max(1, -(-processes // cards))
-        kind: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Trainer)
-        threads = max(1, cores // processes)
+        gpus = cards(torch.cuda.device_count())
+        share = 0 if not gpus else 1 / max(1, -(-processes // gpus))
+        kind: Any = ray.remote(num_cpus=1, num_gpus=share)(_Trainer)
+        threads = max(1, cores() // processes)
         idle = [
             kind.remote(str(dataset), grid.training.radiation, threads) for _ in range(processes)
         ]
@@ -146,7 +145,7 @@ def _run(
         while queue or running:
             while queue and idle:
                 actor, trial = idle.pop(), queue.pop(0)
-                folder = out / "trials" / trial.id
+                folder = out.resolve() / "trials" / trial.id
                 folder.mkdir(parents=True, exist_ok=True)
                 running[actor.run.remote(trial, str(folder))] = actor, trial
             done, _ = ray.wait(list(running), timeout=0.5)

@@ -1,6 +1,11 @@
-"""A private Ray on this machine: loopback, authenticated, and gone when the work is done."""
+"""Ray for a piece of work: that of the batch job, or a private one on this machine.
+
+Either asks for a token and is gone when the work is done; the private one listens on the loopback
+network alone.
+"""
 
 import fcntl
+import json
 import logging
 import os
 import secrets
@@ -11,9 +16,11 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 # Ray listens on all interfaces unless the node's address is exactly this one, and on Linux it
 # replaces this one by another unless it is told that there is no cluster.
@@ -21,12 +28,92 @@ _LOOPBACK = "127.0.0.1"
 # Ray reads these once, when it is imported.
 _AT_IMPORT = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _PREFIX = "xtal-ray-"
+# In the environment of a command whose batch job started Ray (`cluster.ray_cluster`): a file.
+JOB = "XTAL_RAY_JOB"
+
+
+@dataclass(frozen=True, slots=True)
+class JobRay:
+    """The Ray of a batch job, as the file that `JOB` names describes it."""
+
+    address: str  # host:port
+    token: str  # file that holds it
+    nodes: int
+    cores: int  # of all nodes
+    cards: int  # GPUs of all nodes
+    shared: str  # folder that all nodes see
+
+
+def job_ray() -> JobRay | None:
+    """The Ray of this batch job, or None."""
+    if not (path := os.environ.get(JOB)):
+        return None
+    return JobRay(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def cores() -> int:
+    """Processor cores for the work: of the job's Ray, else those that this process may use."""
+    if (job := job_ray()) is not None:
+        return job.cores
+    linux = hasattr(os, "sched_getaffinity")
+    allowed = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    return min(allowed, int(os.environ.get("SLURM_CPUS_ON_NODE") or allowed))
+
+
+def cards(here: int) -> int:
+    """GPUs for the work: of the job's Ray, else those `here`."""
+    job = job_ray()
+    return here if job is None else job.cards
+
+
+@contextmanager
+def ray_for(cpus: int) -> Iterator[Path]:
+    """Ray for the duration of a `with` block: the batch job's, or else a private one.
+
+    Inside the block `import ray` gives that session. The value of the block is a private folder
+    (0700) that all its nodes see, removed at the end.
+
+    Args:
+        cpus: of the private one; a job's Ray has all cores of the job (`cores`).
+    """
+    job = job_ray()
+    if job is None:
+        with local_ray(cpus) as folder:
+            yield folder
+        return
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=job.token)
+    folder = Path(tempfile.mkdtemp(prefix="meeting-", dir=job.shared))
+    try:
+        host = job.address.rpartition(":")[0]
+        with _session(address=job.address, _node_ip_address=host):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @cache
 def _token() -> str:
     # Ray's client keeps the first token that a process uses, hence one for all its sessions.
     return secrets.token_hex(32)
+
+
+@contextmanager
+def private_folder(token: str) -> Iterator[Path]:
+    """A folder (0700) under a short path, with the token (0600); removed with all that is in it.
+
+    What a killed process left is removed by the next one.
+    """
+    _remove_orphans()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "token").touch(mode=0o600)
+        (folder / "token").write_text(token)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 @contextmanager
@@ -41,52 +128,49 @@ def local_ray(cpus: int) -> Iterator[Path]:
     if "ray" in sys.modules and any(os.environ.get(n) != v for n, v in _AT_IMPORT.items()):
         raise RuntimeError(f"ray was imported before {_AT_IMPORT} was set: Ray reads it only once")
     os.environ.update(_AT_IMPORT)
-    import ray
-
-    _remove_orphans()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
-    lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(_token())
     settings = {
-        "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
+    before = {name: os.environ.get(name) for name in (*settings, "RAY_AUTH_TOKEN_PATH")}
+    with private_folder(_token()) as folder:
+        os.environ.update(settings, RAY_AUTH_TOKEN_PATH=str(folder / "token"))
+        try:
+            with _session(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                _node_ip_address=_LOOPBACK,
+                _temp_dir=str(folder / "ray"),  # Ray opens its own folder to everybody
+            ):
+                yield folder
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+@contextmanager
+def _session(**options: Any) -> Iterator[None]:
+    import ray
+
     in_main = threading.current_thread() is threading.main_thread()
-    terminated = signal.getsignal(signal.SIGTERM)
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address=_LOOPBACK,
-            _temp_dir=str(folder / "ray"),  # Ray opens its own folder to everybody
-        )
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         if in_main:
             # Ray's own handler aborts with a stack trace; a batch system sends this at the limit.
-            signal.signal(signal.SIGTERM, _leave)
-        yield folder
+            signal.signal(signal.SIGTERM, before if callable(before) else _leave)
+        yield
     finally:
         if in_main:
-            signal.signal(signal.SIGTERM, terminated)
+            signal.signal(signal.SIGTERM, before)
         ray.shutdown()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

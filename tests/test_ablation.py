@@ -241,7 +241,7 @@ def test_a_folder_belongs_to_one_grid(dataset, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not empty and holds no grid"):
         run_grid(grid, out)
     (out / "trials").rename(tmp_path / "trials")
-    monkeypatch.setattr("ablation.run.local_ray", None)  # from here on, a trial would fail
+    monkeypatch.setattr("ablation.run.ray_for", None)  # from here on, a trial would fail
     with pytest.raises(TypeError):
         run_grid(grid, out)
     (tmp_path / "trials").rename(out / "trials")

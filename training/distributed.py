@@ -5,7 +5,6 @@ loop is the one of a single worker, so that both give the same result within rou
 """
 
 import csv
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.errors import UserError
-from cluster.ray_session import local_ray
+from cluster.ray_session import cards, cores, ray_for
 from training.config import TrainingConfig
 from training.dataset import open_clouds
 from training.ensemble import fit_members
@@ -63,10 +62,13 @@ class _Worker:
         config: TrainingConfig,
         identity: dict[str, Any],
         resume: bool,
+        threads: int,
     ) -> None:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
+        torch.set_num_threads(threads)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=config.workers)
+        # A file that all see: torch's TCP store would listen on all interfaces, for anybody.
+        store = dist.FileStore(meeting, config.workers)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=config.workers)
         try:
             with log_epochs(Path(run), rank == 0) as log:
                 fit_members(
@@ -91,25 +93,26 @@ def fit_on_workers(
     resume: bool,
     progress: Callable[[Progress], None],
 ) -> None:
-    """`training.ensemble.fit_members` on `config.workers` Ray actors of this machine.
+    """`training.ensemble.fit_members` on `config.workers` Ray actors of this machine or job.
 
     Raises:
         UserError: fewer GPUs than workers; or as `fit` does, from whichever worker it came.
     """
-    gpus = torch.cuda.device_count()
+    gpus = cards(torch.cuda.device_count())
     if 0 < gpus < config.workers:
         raise UserError(
-            f"workers = {config.workers}: this machine has {gpus} GPU(s), one is needed a worker",
+            f"workers = {config.workers}: there are {gpus} GPU(s), one is needed a worker",
             remedy=f"use --workers {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES=''",
         )
-    with local_ray(config.workers) as private:
+    with ray_for(config.workers) as private:
         import ray
 
         kind: Any = ray.remote(num_cpus=1, num_gpus=min(gpus, 1))(_Worker)
+        kind = kind.options(scheduling_strategy="SPREAD")
         workers = [kind.remote() for _ in range(config.workers)]
-        # A file in the private folder: torch's TCP store would listen on all interfaces.
-        meeting = f"file://{private / 'meeting'}"
-        arguments = (meeting, str(dataset), str(run), config, identity, resume)
+        threads = max(1, cores() // config.workers)
+        places = [str(each.resolve()) for each in (private / "meeting", dataset, run)]
+        arguments = (*places, config, identity, resume, threads)
         waiting = [w.fit.remote(rank, *arguments) for rank, w in enumerate(workers)]
         shown = 0
         while waiting:
