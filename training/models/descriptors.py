@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from training.dataset import CloudSet
+from training.models import wilson
 from training.models.spherical import INTENSITIES, SHELLS, SLICES, coefficients
 
 Q_MAX = 1.2  # 1/Å, end of the radial grids; points beyond count at the end
@@ -36,6 +37,8 @@ def invariants(data: CloudSet) -> NDArray[np.float32]:
     - The same of I over its mean at that |q|: sharpened, so that all atoms weigh alike.
     - The logarithm of that mean (Wilson, Nature 150, 152 (1942)): how much scatters, how fast it
       falls; the logarithm of I(0) and of the number of points.
+    - The atoms' own scattering, the electrons of a cell, the distribution of intensities:
+      `wilson.statistics`.
     - Power of degrees 2, 4, 6 in each shell, relative to degree 0.
     - Logarithms of the singular values of each degree's coefficients (components × channels). As
       many are above the floor as the crystal's Laue group has invariants of that degree: none of
@@ -50,6 +53,7 @@ def _invariants(data: CloudSet) -> NDArray[np.float32]:
     halves = coefficients(data, Q_MAX, _UNIT).double().numpy()
     count, radial = _profile(data)
     columns = [halves[:, :, 0], *_distances(count, radial)]
+    columns += [wilson.statistics(data, radial, np.linspace(0, Q_MAX, _BINS + 1))]
     columns += [_power(halves), *(_singular_values(halves, degree) for degree in (2, 4, 6))]
     return np.concatenate(columns, axis=1).astype(np.float32)
 
