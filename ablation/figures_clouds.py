@@ -1,12 +1,16 @@
-"""The 3D figure of the report: diffraction clouds to turn around and to point at."""
+"""The 3D figure of the report: diffraction clouds to turn around and to point at, with plotly.
 
+Text in it passes through plotly's small HTML subset, so names are escaped here.
+"""
+
+import html
 from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from ablation.figures import VERMILION, blank_figure, escaped
+from ablation.figures import VERMILION
 from ablation.report_clouds import ShownCloud
 
 _DECADES = 4
@@ -15,7 +19,7 @@ _DECADES = 4
 
 def clouds_figure(clouds: Sequence[ShownCloud]) -> go.Figure:
     """All clouds in one 3D scene, two traces each (Bragg points, origin); the first is visible."""
-    figure = blank_figure(height=560)
+    figure = go.Figure()
     for index, cloud in enumerate(clouds):
         visible = index == 0
         origin = (cloud.hkl == 0).all(axis=1)
@@ -40,7 +44,20 @@ def clouds_figure(clouds: Sequence[ShownCloud]) -> go.Figure:
         zaxis={**axis, "title": "q<sub>z</sub> (1/Å)"},
         camera={"eye": {"x": 1.3, "y": 1.3, "z": 0.8}, "center": {"x": 0, "y": 0, "z": -0.12}},
     )
-    return figure.update_layout(margin={"l": 0, "r": 0, "t": 8, "b": 56})
+    return figure.update_layout(
+        template="none",
+        height=560,
+        font={"family": "system-ui, -apple-system, 'Segoe UI', sans-serif", "size": 13},
+        paper_bgcolor="#ffffff",
+        hoverlabel={"bgcolor": "#ffffff", "bordercolor": "#5b616b", "align": "left"},
+        margin={"l": 0, "r": 0, "t": 8, "b": 56},
+    )
+
+
+def escaped(name: str) -> str:
+    """A name as plotly must be given it, to be shown letter by letter."""
+    # %{ would start a template in hover texts.
+    return html.escape(name.replace("%{", "% {"), quote=False)
 
 
 def _bragg_points(cloud: ShownCloud, keep: NDArray[np.bool_]) -> go.Scatter3d:

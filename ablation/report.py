@@ -1,40 +1,45 @@
-"""The report: one HTML page that opens offline, and its numbers as CSV.
+"""The report: one HTML page that opens offline, its figures as SVG and PNG, its numbers as tables.
 
 The page depends on the folder's files (and the dataset's clouds) only: the same inputs give the
-same bytes. Text from those files is data: escaped in HTML by the template engine, in figures by
-`ablation.figures`, and in the JSON of the figures here.
+same bytes. Text from those files is data: escaped in HTML by the template engine, drawn letter by
+letter in figures, and escaped by `ablation.figures_clouds` and in the JSON of the figure here.
 """
 
-import csv
-import io
+import base64
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from ablation import figures, report_text
-from ablation.curves import GRID, mean_roc, reliability
+from ablation import report_figures, report_text
+from ablation.contrast import INTENSITY_ARMS, SYMMETRY_ARMS
+from ablation.figures import Drawing
 from ablation.figures_clouds import clouds_figure
+from ablation.figures_effects import SHOWN_FOREST
 from ablation.report_clouds import POINTS, Clouds, read_clouds
-from ablation.report_data import FILES, read_study
-from ablation.report_study import REFERENCE, Study
-from cluster.files import write_text
+from ablation.report_data import FILES, read_report
+from ablation.report_study import Report, Study
+from ablation.report_tables import page_tables
+from ablation.significance import MARGIN
+from ablation.tables import AT_TOP, write_table
+from ablation.trials import REFERENCE
+from cluster.files import replacing, write_text
+
+_FEW = 5
+"""Crystals of a space group below which the page leaves it to the table."""
 
 
 def write_report(folder: Path, *, dataset: Path | None = None) -> Path:
-    """Write `folder/report.html` and `folder/tables/*.csv`.
+    """Write `folder/report.html`, `folder/tables/` and `folder/figures/`.
 
     Args:
-        folder: of an ablation or of a training run, see `ablation.report_data`.
-        dataset: dataset folder for the 3D view; by default the one that the folder names. If it
-            is missing, the page says so and shows the rest.
+        folder: of an ablation, finished or not, or of a training run; see `ablation.report_data`.
+        dataset: dataset folder for the 3D view and the crystals' symmetry; by default the one that
+            the folder names. If it is missing, the page says so and shows the rest.
 
     Returns:
         Path of the page.
@@ -42,17 +47,30 @@ def write_report(folder: Path, *, dataset: Path | None = None) -> Path:
     Raises:
         UserError: the folder is of neither kind, or a file of it is missing or broken.
     """
-    study = read_study(folder)
-    clouds = read_clouds(study, dataset, folder)
-    tables = _tables(study)
-    for name, (header, rows) in tables.items():
-        write_text(folder / "tables" / f"{name}.csv", _csv(header, rows))
+    report = read_report(folder, dataset)
+    clouds = read_clouds(report.studies[0], report.place)
+    for name, table in page_tables(report).items():
+        write_table(folder, name, table)
+    drawings = report_figures.drawings(report)
+    for name, drawing in drawings.items():
+        for ending, content in (("svg", drawing.svg), ("png", drawing.png)):
+            with replacing(folder / "figures" / f"{name}.{ending}") as temporary:
+                temporary.write_bytes(content)
     page = folder / "report.html"
-    write_text(page, _page(study, clouds, dataset, list(tables)))
+    write_text(page, _page(report, clouds, drawings, _links(folder, report)))
     return page
 
 
-def _page(study: Study, clouds: Clouds, dataset: Path | None, tables: Sequence[str]) -> str:
+def _links(folder: Path, report: Report) -> list[str]:
+    names = [*FILES[report.kind], *(f"{name}.parquet" for name in AT_TOP)]
+    names += sorted(path.name for path in folder.glob("predictions-*.parquet"))
+    tables = sorted(path.relative_to(folder).as_posix() for path in (folder / "tables").iterdir())
+    return [name for name in dict.fromkeys(names) if (folder / name).is_file()] + tables
+
+
+def _page(
+    report: Report, clouds: Clouds, drawings: Mapping[str, Drawing], links: Sequence[str]
+) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -62,49 +80,43 @@ def _page(study: Study, clouds: Clouds, dataset: Path | None, tables: Sequence[s
     )
     environment.filters |= {
         "number": report_text.number,
-        "interval": report_text.interval,
+        "p": report_text.p_value,
         "metric": report_text.metric_title,
         "grouped": report_text.grouped,
     }
-    run = study.kind == "run"
-    primary = report_text.metric_title(study.primary)
-    drawn: dict[str, go.Figure] = {}
-    if any(study.primary in effects for effects in study.effects.values()):
-        drawn["effects"] = figures.forest_figure(study, primary)
-    if run and study.history:
-        drawn["history"] = figures.history_figure(study.history)
-    drawn["roc"] = figures.roc_figure(study)
-    drawn["reliability"] = figures.reliability_figure(study)
-    if clouds.shown:
-        drawn["clouds"] = clouds_figure(clouds.shown)
-    source = dataset.name if dataset else Path(study.dataset).name
-    links = [f"tables/{name}.csv" for name in tables] + list(FILES[study.kind])
+    first = report.studies[0]
+    shown = {"clouds": json.loads(clouds_figure(clouds.shown).to_json(engine="json"))}
     return environment.get_template("report.html").render(
-        study=study,
+        report=report,
+        sections=[_section(report, study) for study in report.studies],
         reference=REFERENCE,
-        primary=primary,
-        heading=study.question[:1].upper() + study.question[1:],
-        answer=report_text.answer(study),
-        notes=report_text.notes(study),
-        metric_names=list(dict.fromkeys(n for arm in study.metrics.values() for n in arm)),
-        resolved=figures.resolved,
-        arms=_arms(study),
-        confusion=_confusion(study),
-        class_counts=_class_counts(study),
-        run_facts=_run_facts(study),
+        heading=_heading(report),
+        notes=report_text.notes(report),
+        symmetry_arms=SYMMETRY_ARMS,
+        intensity_arms=INTENSITY_ARMS,
+        margin=MARGIN,
+        shown_forest=SHOWN_FOREST,
+        arms=_arms(report),
+        run_facts=_run_facts(report),
         data_facts=report_text.flattened(
-            {"dataset": source, **clouds.summary, **study.dataset_summary}
+            {"dataset": Path(report.dataset).name, **report.place.summary, **report.dataset_summary}
+            | ({} if report.place.root is None else {"dataset": report.place.root.name})
         ),
-        provenance=report_text.flattened(study.provenance),
+        provenance=report_text.flattened(report.provenance),
         clouds=clouds,
+        cloud_study=first,
         cloud_limit=POINTS,
-        drawn=list(drawn),
+        drawings={
+            name: {
+                "caption": drawing.caption,
+                "uri": "data:image/svg+xml;base64," + base64.b64encode(drawing.svg).decode(),
+            }
+            for name, drawing in drawings.items()
+        },
         links=links,
         # The engine must not escape scripts; `_json` did what a script element needs.
-        figures_json=_json(
-            {name: json.loads(f.to_json(engine="json")) for name, f in drawn.items()}
-        ),
-        plotly_js=get_plotlyjs(),
+        figures_json=_json(shown if clouds.shown else {}),
+        plotly_js=get_plotlyjs() if clouds.shown else "",
     )
 
 
@@ -114,23 +126,55 @@ def _json(document: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _arms(study: Study) -> list[dict[str, Any]]:
-    """One entry an arm: description, strength and mode, seeds that finished."""
+def _heading(report: Report) -> str:
+    if len(report.studies) == 1:
+        question = report.studies[0].question
+        return question[:1].upper() + question[1:]
+    return f"What a network sees in diffraction clouds: {len(report.studies)} questions"
+
+
+def _section(report: Report, study: Study) -> dict[str, Any]:
+    """What the page says of one task."""
+    effects = study.primary_effects()
+    names = dict.fromkeys(name for found in study.metrics.values() for name in found)
+    shown = [c for c in study.metrics if report.kind == "run" or c.arm == REFERENCE]
+    return {
+        "study": study,
+        "key": report_figures.key(report, study),
+        "question": study.question[:1].upper() + study.question[1:],
+        "primary": report_text.metric_title(study.primary),
+        "answer": report_text.answer(study),
+        "claim": report_text.claim(study) if report.kind == "ablation" else "",
+        "planning": report_text.planning(study),
+        "counted": report_text.counted(study),
+        "effects": effects,
+        "metric_names": list(names),
+        "metrics": [(c, study.metrics[c]) for c in shown],
+        "confusion": _confusion(study),
+        "class_counts": _class_counts(study),
+        "losses": [
+            row
+            for row in study.losses
+            if row["crystals"] >= _FEW and row["symmetry_lost"] is not None
+        ],
+    }
+
+
+def _arms(report: Report) -> list[dict[str, Any]]:
+    """One entry an arm: what it does, and its settings."""
     found = []
-    for arm in study.arms:
-        rows = [row for row in study.results if row["arm"] == arm]
-        settings = {
-            f"{name} {row[name]:g}" if isinstance(row[name], float) else str(row[name])
-            for row in rows
-            for name in ("strength", "mode")
-            if row.get(name) not in (None, "")
-        }
+    for name, what in report.arms.items():
+        strength = what.get("strength")
+        unit = f" in {what['unit']}" if what.get("unit") else ""
+        done = sum(row["arm"] == name and row["status"] == "done" for row in report.results)
+        settings = f"strength: {strength}{unit}" if strength else ""
         found.append(
             {
-                "name": arm,
-                "description": study.arm_descriptions.get(arm, ""),
-                "settings": ", ".join(sorted(settings)),
-                "seeds": ", ".join(str(trial.seed) for trial in study.of_arm(arm)),
+                "name": name,
+                "description": what.get("description", ""),
+                "family": what.get("family", ""),
+                "settings": settings,
+                "done": done,
             }
         )
     return found
@@ -162,84 +206,24 @@ def _class_counts(study: Study) -> list[tuple[str, list[int], int]]:
     return rows
 
 
-def _run_facts(study: Study) -> list[tuple[str, str]]:
-    facts: dict[str, Any] = {"task": study.title}
-    if study.threshold is not None:
-        facts["threshold"] = f"{study.threshold:g} {study.unit}".strip()
-    facts |= {name: value for name, value in study.settings.items() if name != "training"}
-    training = study.settings.get("training")
+def _run_facts(report: Report) -> list[tuple[str, str]]:
+    facts: dict[str, Any] = {}
+    if len(report.studies) == 1:
+        study = report.studies[0]
+        facts["task"] = study.title
+        if study.threshold is not None:
+            facts["threshold"] = f"{study.threshold:g} {study.unit}".strip()
+    facts |= {name: value for name, value in report.settings.items() if name != "training"}
+    training = report.settings.get("training")
     if isinstance(training, Mapping):
         facts |= {name: value for name, value in training.items() if name not in facts}
-    if study.results:
-        status = Counter(str(row["status"]) for row in study.results)
+    if report.results:
+        status = Counter(str(row["status"]) for row in report.results)
         facts["trials"] = ", ".join(f"{count} {name}" for name, count in sorted(status.items()))
-        seconds = [row["seconds"] for row in study.results if row.get("seconds") is not None]
+        if report.planned is not None:
+            facts["trials"] += f", of {report.planned} planned"
+        seconds = [row["seconds"] for row in report.results if row.get("seconds") is not None]
         if seconds:
             facts["time of all trials"] = f"{sum(seconds) / 60:.0f} min"
-    facts["primary metric"] = report_text.metric_title(study.primary)
+    facts["primary metric"] = report_text.metric_title(report.studies[0].primary)
     return report_text.flattened(facts)
-
-
-def _tables(study: Study) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Name → header and rows of all numbers that the page shows."""
-    tables: dict[str, tuple[list[str], list[list[Any]]]] = {
-        "metrics": (
-            ["arm", "metric", "value", "low", "high"],
-            [
-                [arm, name, *asdict(found).values()]
-                for arm, metrics in study.metrics.items()
-                for name, found in metrics.items()
-            ],
-        ),
-        "confusion": (
-            ["true", *study.classes],
-            [
-                [name, *row]
-                for name, row in zip(study.classes, study.confusion.tolist(), strict=True)
-            ],
-        ),
-        "class_counts": (
-            ["split", *study.classes],
-            [[split, *counts] for split, counts, _ in _class_counts(study)],
-        ),
-        "roc": (["arm", "seed", "false_positive_rate", "true_positive_rate"], _roc_rows(study)),
-    }
-    trials = study.of_arm(REFERENCE)
-    labels = np.concatenate([t.labels for t in trials])
-    probabilities = np.concatenate([t.probabilities for t in trials])
-    bins = asdict(reliability(labels, probabilities, repeats=len(trials)))
-    columns = [column.tolist() for column in bins.values()]
-    tables["reliability"] = (list(bins), [list(row) for row in zip(*columns, strict=True)])
-    if study.kind == "ablation":
-        header = ["arm", "metric", "none", "value", "difference", "low", "high", "seeds"]
-        tables["effects"] = (
-            header,
-            [
-                [arm, name, e.reference, e.value, *asdict(e.difference).values(), e.seeds]
-                for arm, effects in study.effects.items()
-                for name, e in effects.items()
-            ],
-        )
-        header = list(study.results[0]) if study.results else ["arm", "seed", "status"]
-        tables["results"] = (header, [[row.get(n) for n in header] for row in study.results])
-    return tables
-
-
-def _roc_rows(study: Study) -> list[list[Any]]:
-    return [
-        [trial.arm, trial.seed, false_rate, true_rate]
-        for trial in study.trials
-        for false_rate, true_rate in zip(
-            GRID.round(6).tolist(),
-            mean_roc(trial.labels, trial.probabilities).tolist(),
-            strict=True,
-        )
-    ]
-
-
-def _csv(header: Iterable[str], rows: Iterable[Sequence[Any]]) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return stream.getvalue()

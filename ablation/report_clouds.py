@@ -1,22 +1,19 @@
 """A few diffraction clouds of test crystals, read from a dataset folder for the report."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ablation.report_study import REFERENCE, Study
+from ablation.catalogue import DatasetPlace
+from ablation.report_study import Study
 from training.tasks import TASKS
 
 POINTS = 4000
 """Points (both Friedel mates) beyond which only the strongest of a cloud are shown."""
-
-_SUMMARY = ("sources", "structures", "rejected", "points", "content_hash", "config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,46 +37,26 @@ class ShownCloud:
 
 @dataclass(frozen=True, slots=True)
 class Clouds:
-    """The clouds, or why there are none; and what the manifest says of the dataset."""
+    """The clouds, or why there are none."""
 
     shown: tuple[ShownCloud, ...]
     problem: str
-    summary: Mapping[str, Any]
 
 
-def read_clouds(study: Study, dataset: Path | None, folder: Path) -> Clouds:
+def read_clouds(study: Study, place: DatasetPlace) -> Clouds:
     """Choose and read clouds; a missing or broken dataset is a `problem`, not an error.
 
     Chosen are test crystals of the reference arm, one class after the other, crystal systems
     that are not shown yet first, then by id; as many as there are classes, at least 4. When no
     test crystal is in the dataset, its first crystals are taken.
-
-    Args:
-        study: gives classes, predictions and the dataset's path.
-        dataset: overrides the study's path.
-        folder: a relative path of the study is tried from here, too.
     """
-    if dataset is None and not study.dataset:
-        return Clouds((), "The dataset is not named, so no clouds are shown.", {})
-    wanted = [dataset] if dataset else [Path(study.dataset), folder / study.dataset]
-    root = next((path for path in wanted if (path / "manifest.json").is_file()), None)
-    if root is None:
-        problem = f"The dataset “{wanted[0].name}” was not found, so no clouds are shown."
-        return Clouds((), problem, {})
+    if place.problem or place.root is None:
+        return Clouds((), f"{place.problem} No clouds are shown.")
     try:
-        manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
-        shards = [root / str(shard["file"]) for shard in manifest["shards"]]
-        if not all(path.resolve().is_relative_to(root.resolve()) for path in shards):
-            raise ValueError("a shard lies outside the dataset")
-        known = study.dataset_summary.get("content_hash")
-        if known is not None and manifest.get("content_hash", known) != known:
-            problem = f"The dataset “{root.name}” has other content than the one of these results."
-            return Clouds((), problem, {})
-        summary = {name: manifest[name] for name in _SUMMARY if name in manifest}
-        return Clouds(_read(study, shards), "", summary)
+        return Clouds(_read(study, place.shards), "")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = f"{type(error).__name__}: {error}".replace(str(root), root.name)
-        return Clouds((), f"The dataset “{root.name}” could not be read ({reason}).", {})
+        reason = f"{type(error).__name__}: {error}".replace(str(place.root), place.root.name)
+        return Clouds((), f"The dataset “{place.root.name}” could not be read ({reason}).")
 
 
 def expand(
@@ -119,15 +96,13 @@ def _read(study: Study, shards: Sequence[Path]) -> tuple[ShownCloud, ...]:
 
 def _test_crystals(study: Study) -> tuple[dict[str, int], dict[str, float]]:
     """Class of each test crystal, and the mean probability that the reference gave to it."""
-    classes: dict[str, int] = {}
-    stated: dict[str, list[float]] = {}
-    trials = study.of_arm(REFERENCE) or study.trials
-    for trial in trials:
-        of_true = trial.probabilities[np.arange(len(trial.labels)), trial.labels]
-        for i, label, p in zip(trial.ids, trial.labels, of_true, strict=True):
-            classes[i] = int(label)
-            stated.setdefault(i, []).append(float(p))
-    return classes, {i: float(np.mean(values)) for i, values in stated.items()}
+    trials = study.trials
+    classes = dict(zip(trials.ids, trials.labels.tolist(), strict=True))
+    if study.reference is None:
+        return classes, {}
+    mean_NC = np.mean(list(trials.probabilities[study.reference].values()), axis=0)
+    of_true = mean_NC[np.arange(len(trials.labels)), trials.labels]
+    return classes, dict(zip(trials.ids, of_true.tolist(), strict=True))
 
 
 def _choose(

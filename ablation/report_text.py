@@ -1,78 +1,132 @@
 """Words and numbers of the report: what may be said of a result, and how it is written."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ablation.figures import resolved
-from ablation.report_study import REFERENCE, Study
+from ablation import contrast
+from ablation.report_study import Effect, Report, Study
+from ablation.significance import ALPHA, MARGIN
 from training.metrics import METRICS, Interval
 
 _NAMED = 4
-"""Arms with a resolved effect that the answer names; the page's table has all."""
+"""Conditions with an effect that the answer names; the page's table has all."""
 
 
 def answer(study: Study) -> list[str]:
-    """The question's answer in plain sentences, each no stronger than its interval.
+    """The question's answer in plain sentences, each no stronger than its tests.
 
-    An interval that includes chance, or zero for a difference, gives "was not resolved" and
-    never "is absent".
+    "No effect" is said only where the equivalence test says it; what neither test settles is
+    "undecided".
     """
     sentences = [_performance(study)]
-    changes = [
-        (arm, effects[study.primary].difference)
-        for arm, effects in study.effects.items()
-        if study.primary in effects
-    ]
-    changes.sort(key=lambda change: (-abs(change[1].value), change[0]))
-    seen = [(arm, change) for arm, change in changes if resolved(change)]
-    unseen = [(arm, c) for arm, c in changes if not resolved(c) and not math.isnan(c.value)]
-    undefined = [arm for arm, change in changes if math.isnan(change.value)]
+    effects = study.primary_effects()
     title = metric_title(study.primary)
+    seen = [e for e in effects if e.verdict in ("effect", "small effect")]
+    seen.sort(key=lambda e: (-abs(e.difference.value), e.condition.name))
     for verb, sign in (("falls", -1), ("rises", 1)):
         named = [
-            f"by {interval(_times(change, sign))} with “{arm}”"
-            for arm, change in seen[:_NAMED]
-            if change.value * sign > 0
+            f"by {interval(_times(e.difference, sign))} with {_quoted(e)}"
+            for e in seen[:_NAMED]
+            if e.difference.value * sign > 0
         ]
         if named:
             sentences.append(f"{title} {verb} {_listed(named)}.")
     if len(seen) > _NAMED:
         more = len(seen) - _NAMED
-        arms = "1 more arm has" if more == 1 else f"{more} more arms have"
-        sentences.append(f"{arms} a smaller resolved effect.")
-    if unseen:
-        listed = _listed([f"“{arm}” ({interval(c, signed=True)})" for arm, c in unseen])
-        sentences.append(f"For {listed} no effect was resolved: the interval includes 0.")
-    if undefined:
-        listed = _listed([f"“{arm}”" for arm in undefined])
-        sentences.append(f"For {listed} the effect is not defined.")
+        count = "1 more perturbation has" if more == 1 else f"{more} more perturbations have"
+        sentences.append(f"{count} a smaller effect.")
+    none = [e for e in effects if e.verdict == "no effect"]
+    if none:
+        sentences.append(f"{_some(none)}: no effect, within ±{MARGIN:g}.")
+    undecided = [e for e in effects if e.verdict == "undecided"]
+    if undecided:
+        sentences.append(f"{_some(undecided)}: undecided, neither an effect nor its absence.")
+    single = [e for e in effects if e.verdict == "one seed"]
+    if single:
+        sentences.append(f"{_some(single)}: one seed, which does not tell how trainings differ.")
     return sentences
 
 
-def notes(study: Study) -> list[str]:
-    """What a reader must keep in mind about the intervals."""
-    found = [
+def claim(study: Study) -> str:
+    """The declared contrast in words, or why there is none."""
+    if study.contrast is None:
+        return (
+            "not tested: it takes finished trials, of one seed at least, of "
+            f"{_listed([*contrast.SYMMETRY_ARMS])} and of one of "
+            f"{_listed([*contrast.INTENSITY_ARMS])}."
+        )
+    return contrast.sentence(study.contrast)
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader must keep in mind about the numbers."""
+    found = []
+    if report.missing:
+        found.append(
+            f"This grid is not finished: {report.missing} of {report.planned} trials are missing. "
+            "All numbers are of those that are there."
+        )
+    found.append(
         "Brackets hold 95 % intervals: test crystals are resampled, those of one group together, "
         "and training noise is Student's t over the seeds."
-    ]
-    seeds = {trial.seed for trial in study.of_arm(REFERENCE)}
-    if len(seeds) == 1:
+    )
+    seeds = {
+        len(study.trials.probabilities[study.reference])
+        for study in report.studies
+        if study.reference is not None
+    }
+    if seeds == {1}:
         found.append(
             "One training seed only: the intervals cover the choice of test crystals, not the "
             "randomness of training."
         )
-    elif len(seeds) < 5:
+    elif seeds and min(seeds) < 5:
+        found.append(f"With only {min(seeds)} training seeds the intervals are wide.")
+    if report.kind == "ablation":
         found.append(
-            f"With only {len(seeds)} training seeds the intervals are wide: an effect that is not "
-            "resolved may still exist."
-        )
-    if len(study.effects) > 1:
-        found.append(
-            f"The intervals of the {len(study.effects)} ablations are not corrected for the "
-            "number of comparisons."
+            f"An effect has a permutation p below {ALPHA:g}, “no effect” an equivalence test with "
+            f"margin {MARGIN:g}, both after Holm's correction over all perturbations of a task."
         )
     return found
+
+
+def planning(study: Study) -> str:
+    """How many seeds would see 0.01."""
+    rows = [e.row for e in study.primary_effects() if e.row["visible"] is not None]
+    if not rows:
+        return ""
+    needed = [row["seeds_needed"] for row in rows]
+    enough = sorted(n for n in needed if n is not None)
+    words = "To see a change of 0.01 with power 80 %, "
+    if enough:
+        middle = enough[len(enough) // 2]
+        words += f"half of the perturbations need up to {middle} seeds, the most {enough[-1]}. "
+        words += f"For {len(rows) - len(enough)} of {len(rows)} no number of seeds is enough: "
+        words += "it takes more test crystals. "
+    else:
+        words += "no number of seeds is enough for any perturbation: it takes more test crystals. "
+    visible = sorted(row["visible"] for row in rows)
+    return words + (
+        f"With the seeds at hand, changes from {number(visible[0])} to {number(visible[-1])} on "
+        f"are visible (median {number(visible[len(visible) // 2])})."
+    )
+
+
+def counted(study: Study) -> str:
+    """How many conditions have which verdict."""
+    effects = study.primary_effects()
+    counts = Counter(e.verdict for e in effects)
+    words = {
+        "effect": "with an effect",
+        "small effect": f"with an effect within ±{MARGIN:g}",
+        "no effect": "without effect",
+        "undecided": "undecided",
+        "one seed": "with one seed only",
+    }
+    found = [f"{counts[verdict]} {text}" for verdict, text in words.items() if counts[verdict]]
+    return f"Of {len(effects)} perturbations: {', '.join(found)}." if found else ""
 
 
 def metric_title(name: str) -> str:
@@ -80,14 +134,21 @@ def metric_title(name: str) -> str:
     return METRICS[name].title if name in METRICS else name.replace("_", " ")
 
 
-def number(value: float, *, signed: bool = False, digits: int = 3) -> str:
+def number(value: float | None, *, signed: bool = False, digits: int = 3) -> str:
     """A number with a true minus sign; "–" where it is not defined."""
-    if not math.isfinite(value):
+    if value is None or not math.isfinite(value):
         return "–"
     text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
     if float(text) == 0:
         text = text.lstrip("+-")
     return text.replace("-", "−")
+
+
+def p_value(p: float | None) -> str:
+    """A p value to two digits, and none below what the permutations resolve."""
+    if p is None or not math.isfinite(p):
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def interval(found: Interval, *, signed: bool = False) -> str:
@@ -126,13 +187,15 @@ def grouped(count: int) -> str:
 
 
 def _performance(study: Study) -> str:
-    found = study.metrics[REFERENCE][study.primary]
+    if study.reference is None:
+        return f"No trial of the untouched input has finished for model {study.model} yet."
+    found = study.metrics[study.reference][study.primary]
     title = metric_title(study.primary)
     if len(study.classes) > 2 and study.primary in ("auroc", "average_precision"):
         title = f"macro one-vs-rest {title}"
-    trials = study.of_arm(REFERENCE)
-    held = f"{grouped(len(trials[0].ids))} held-out crystals"
-    held += f" (mean of {len(trials)} seeds)" if len(trials) > 1 else ""
+    seeds = len(study.trials.probabilities[study.reference])
+    held = f"{grouped(len(study.trials.ids))} held-out crystals"
+    held += f" (mean of {seeds} seeds)" if seeds > 1 else ""
     if not math.isfinite(found.value):
         return f"The {title} is not defined on these {held}."
     chance = {"auroc": 0.5, "balanced_accuracy": 1 / len(study.classes), "mcc": 0.0}.get(
@@ -151,6 +214,18 @@ def _performance(study: Study) -> str:
     else:
         task = f"no ability to {task} was resolved"
     return f"From diffraction clouds, {task}: {result}; {at}."
+
+
+def _some(effects: Sequence[Effect]) -> str:
+    if len(effects) > 2 * _NAMED:
+        return f"For {len(effects)} perturbations"
+    return "For " + _listed(
+        [f"{_quoted(e)} ({interval(e.difference, signed=True)})" for e in effects]
+    )
+
+
+def _quoted(effect: Effect) -> str:
+    return f"“{effect.condition.name}”"
 
 
 def _times(change: Interval, sign: int) -> Interval:

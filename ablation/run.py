@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import torch
 
 from ablation.grid import GridConfig, Trial, trials
-from ablation.perturbations import describe, perturb
-from ablation.stats import effect_table, metric_table, sampled
+from ablation.perturbations import ARMS, describe, perturb
+from ablation.tables import write_statistics
 from cluster.errors import UserError
 from cluster.files import replacing, write_text
 from cluster.provenance import commit, provenance
@@ -45,8 +45,8 @@ def run_grid(
     Args:
         progress: called with the number of epochs that are finished, over all trials.
 
-    `out` gets grid.json, results.jsonl, results.parquet, predictions.parquet, metrics.parquet,
-    effects.parquet and trials/ID/.
+    `out` gets grid.json, results.jsonl, results.parquet, predictions-TASK.parquet, trials/ID/ and
+    what `ablation.tables` writes.
 
     Returns:
         Numbers of trials: `done`, `failed`, `skipped` (done before).
@@ -68,6 +68,7 @@ def run_grid(
     done = [trial for trial in planned if results[trial.id]["status"] == "done"]
     if len(done) == len(planned):
         _write_tables(out, planned, results)
+        write_statistics(out, dataset=dataset)
     return {
         "done": len(done),
         "failed": len(planned) - len(done),
@@ -182,23 +183,29 @@ def _claim(out: Path, grid: GridConfig, manifest: dict[str, Any], parts: Parts) 
     """Write `grid.json`; refuse a folder whose grid asks another question or has other data."""
     task = grid.training.question
     description = {
-        "task": task.name,
-        "title": task.title,
-        "question": task.question,
-        "unit": task.unit,
-        "threshold": task.threshold,
-        "classes": list(task.classes),
-        "model": grid.training.model,
-        "arms": list(grid.arms),
+        "tasks": {
+            task.name: {
+                "title": task.title,
+                "question": task.question,
+                "unit": task.unit,
+                "threshold": task.threshold,
+                "classes": list(task.classes),
+                "class_counts": parts.class_counts(task.classes),
+            }
+        },
+        "models": [grid.training.model],
+        "arms": [
+            {"name": arm, "family": ARMS[arm].family, "description": describe(arm)}
+            for arm in grid.arms
+        ],
         "seeds": list(grid.seeds),
+        "trials": len(grid.arms) * len(grid.seeds),
         "primary_metric": "auroc",
         "dataset": grid.dataset,
         "dataset_summary": {
             key: manifest[key]
             for key in ("sources", "structures", "rejected", "points", "content_hash", "config")
         },
-        "class_counts": parts.class_counts(task.classes),
-        "arm_descriptions": {arm: describe(arm) for arm in grid.arms},
         "training": grid.training.model_dump(exclude={"seed"}),
         "provenance": provenance(),
         "attribution": ATTRIBUTION,
@@ -269,7 +276,6 @@ def _write_tables(out: Path, planned: list[Trial], results: dict[str, dict[str, 
         who["seed"] = pa.array([row["seed"]] * len(table), pa.int64())
         parts.append(pa.table(who | {n: table[n] for n in table.column_names if n != "split"}))
     predictions = pa.concat_tables(parts)
-    samples = sampled(predictions, resamples=planned[0].training.resamples)
     rows = [results[trial.id] for trial in planned]
     names = ("trial", "task", "model", "arm", "strength", "mode", "seed", "status")
     columns = (*names, *METRICS, "seconds", "commit")
@@ -282,9 +288,7 @@ def _write_tables(out: Path, planned: list[Trial], results: dict[str, dict[str, 
                 for name in columns
             }
         ),
-        "predictions": predictions,
-        "metrics": metric_table(samples),
-        "effects": effect_table(samples),
+        f"predictions-{planned[0].training.task}": predictions,
     }
     for name, table in tables.items():
         with replacing(out / f"{name}.parquet") as temporary:

@@ -453,7 +453,7 @@ def test_a_killed_grid_ends_with_each_trial_once(dataset, clouds, tmp_path):
         (t.training.seed, t.arm) for t in planned
     ]
     assert {row["status"] for row in rows} == {"done"}
-    predictions = pq.read_table(out / "predictions.parquet")
+    predictions = pq.read_table(out / f"predictions-{grid.training.task}.parquet")
     test = Parts.of(clouds, grid.training).rows["test"]
     assert predictions.num_rows == len(planned) * len(test)
     assert (out / "report.html").stat().st_size > 10_000
