@@ -19,9 +19,10 @@ from small import TINY, tiny
 
 from ablation import perturbations
 from ablation.grid import GridConfig, read_grid, trials
-from ablation.run import _FREE, _results, _Trainer, run_grid, run_trial
+from ablation.run import _results, _Trainer, run_grid, run_trial
 from cluster.errors import UserError
 from featurization.manifest import read_manifest
+from training.config import NOT_DECIDING
 from training.metrics import METRICS
 from training.split import Parts
 
@@ -136,7 +137,7 @@ def test_ids_change_with_all_that_matters_and_nothing_else():
     others = set(tiny().model_dump()) - CHANGES.keys()
     assert others == {"seed", "threshold"}  # which are below
     changed = {name for name, value in CHANGES.items() if first(tiny(**{name: value})) != base}
-    assert changed == CHANGES.keys() - _FREE
+    assert changed == CHANGES.keys() - NOT_DECIDING
     assert first(tiny(), dataset_hash="1" * 64) != base
     assert first(tiny(), dataset="y", processes=3) == base
     bulk = {"task": "bulk_modulus"}
