@@ -238,7 +238,10 @@ def train(
     run: Annotated[Path, typer.Argument(help="Folder for the training run.")],
     task: Annotated[
         str | None,
-        typer.Option(help="crystal_system, bulk_modulus, shear_modulus, band_gap or stability."),
+        typer.Option(
+            help="crystal_system, bulk_modulus, shear_modulus, band_gap, stability, or all: one "
+            "network for all that the dataset has labels of."
+        ),
     ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Cut between the classes, in the label's unit.")
@@ -246,7 +249,7 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help="pointnet, harmonic, attention, powder_cnn, boosted; "
+            help="pointnet, harmonic, attention, powder_cnn, boosted, blend; "
             "baselines: majority, lattice_only, powder, composition_only."
         ),
     ] = None,
@@ -254,6 +257,9 @@ def train(
         int | None, typer.Option(help="Models of an ensemble; their spread is the uncertainty.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="A finished run whose weights the network begins with.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Weights, order and rotations.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that share each batch.")] = None,
     config: ConfigFile = None,
@@ -262,17 +268,21 @@ def train(
 ) -> None:
     """Train a classifier on a dataset and evaluate it on the held-out test crystals."""
     from training.config import TrainingConfig
+    from training.train import questions_of
     from training.train import train as run_training
 
-    flags = {
+    flags: dict[str, Any] = {
         "task": task,
         "threshold": threshold,
         "model": model,
         "members": members,
         "epochs": epochs,
+        "init": init,
         "seed": seed,
         "workers": workers,
     }
+    if task == "all":
+        flags["task"], *flags["also"] = questions_of(dataset)
     settings = _settings(TrainingConfig, config, flags)
     total = settings.members * settings.passes
     with bar(settings.question.question, total, shown=not as_json) as update:
@@ -319,6 +329,12 @@ def predict(
         str, typer.Argument(help="Crystals as for featurize, or the folder of a dataset.")
     ],
     table: Annotated[Path, typer.Option("--out", help="Table to write: .csv, .parquet or .jsonl.")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="A question of the model, or all of them: a row for each; default: first."
+        ),
+    ] = None,
     processes: Annotated[
         int, typer.Option(help="Processes that featurize beside this one.", min=1)
     ] = 1,
@@ -333,7 +349,7 @@ def predict(
     from training.predict import predict as run_prediction
 
     with bar("crystals", None, shown=not as_json) as update:
-        counts = run_prediction(run, source, table, processes=processes, progress=update)
+        counts = run_prediction(run, source, table, task=task, processes=processes, progress=update)
     if as_json:
         print(json.dumps(counts, indent=1))
     else:
@@ -499,6 +515,10 @@ def _show_metrics(run: Path, answer: dict[str, Any], as_json: bool) -> None:
             value, low, high, p = ("–" if each is None else f"{each:.3f}" for each in found)
             rows.add_row(name, value, f"{low} … {high}", p)
         out.print(rows)
+    for name, other in answer.get("also", {}).items():
+        auroc = other["metrics"]["auroc"]
+        shown = " … ".join("–" if auroc[k] is None else f"{auroc[k]:.3f}" for k in ("low", "high"))
+        out.print(f"{name}: {other['question']} AUROC {auroc['value']:.3f}, {shown}")
     out.print(f"written: {run}/metrics.json, predictions.parquet, tensorboard/", soft_wrap=True)
 
 

@@ -1,5 +1,6 @@
 """What decides a training; with the dataset's content hash, all of it."""
 
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -10,7 +11,9 @@ from training.tasks import Task, TaskName, task_of
 
 NetworkName = Literal["pointnet", "harmonic", "attention", "powder_cnn"]
 BoostedName = Literal["boosted", "lattice_only", "powder", "composition_only", "majority"]
-ModelName = NetworkName | BoostedName
+ModelName = NetworkName | BoostedName | Literal["blend"]
+# Unlike models, whose errors differ; each of a blend's `members` is one of each.
+BLEND: tuple[ModelName, ...] = ("boosted", "harmonic")
 
 
 # Settings that do not decide the trained model: how the work is shared, how often it is saved.
@@ -22,14 +25,18 @@ class TrainingConfig(Config):
 
     task: TaskName = "bulk_modulus"
     """The question."""
+    also: tuple[TaskName, ...] = ()
+    """More questions that a network answers at the same time, each where its label is known."""
     threshold: float | None = None
     """Cut between the classes in the label's unit; None takes the task's (85 GPa, 34 GPa, …)."""
     radiation: RadiationName | None = None
     """Whose intensities, where the dataset has several; None: its first."""
     model: ModelName = "pointnet"
-    """A network, or gradient-boosted trees on a fixed description of the cloud."""
+    """A network, gradient-boosted trees on a fixed description of the cloud, or a blend of both."""
     members: int = Field(default=1, ge=1, le=100)
     """Models of an ensemble, trained from seed, seed + 1, …; its answer is their mean."""
+    init: str | None = None
+    """A finished run of the same network, with whose weights this one begins."""
     width: int | None = Field(default=None, ge=16, multiple_of=4)
     """Channels of a network's widest layers; None: 256 for pointnet and harmonic, else 64."""
     trees: int = Field(default=1500, ge=1)
@@ -65,8 +72,15 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
-        if self.workers > 1 and self.model in get_args(BoostedName):
+        grown = self.model in get_args(BoostedName) or self.model == "blend"
+        if self.workers > 1 and grown:
             raise ValueError(f"workers = {self.workers}: {self.model} trains in one process")
+        if self.also and grown:
+            raise ValueError(f"also = {list(self.also)}: {self.model} answers one question")
+        if len({self.task, *self.also}) <= len(self.also):
+            raise ValueError(f"also = {list(self.also)}: each question once, without {self.task}")
+        if self.init is not None and grown:
+            raise ValueError(f"init = {self.init}: {self.model} has no weights to begin with")
         if self.batch_size < self.workers:
             raise ValueError(f"{self.workers} workers cannot share batch_size = {self.batch_size}")
         task_of(self.task, self.threshold)
@@ -74,14 +88,32 @@ class TrainingConfig(Config):
 
     def deciding(self) -> dict[str, Any]:
         """What decides the trained model: all but how the work is shared and how often saved."""
-        return self.model_dump(exclude=NOT_DECIDING)
+        return self.model_dump(mode="json", exclude=NOT_DECIDING)
 
     @property
     def passes(self) -> int:
         """Epochs of a member; trees are grown in one pass."""
+        if self.model == "blend":
+            return 1 + self.epochs
         return 1 if self.model in get_args(BoostedName) else self.epochs
 
     @property
     def question(self) -> Task:
         """The task with this configuration's threshold."""
         return task_of(self.task, self.threshold)
+
+    @property
+    def questions(self) -> tuple[Task, ...]:
+        """All that the model answers; the logits of each follow those of the one before."""
+        return (self.question, *(task_of(name) for name in self.also))
+
+    def columns(self, task: str) -> slice:
+        """Where the logits of a question are among all of them."""
+        ends = list(accumulate(len(each.classes) for each in self.questions))
+        place = [each.name for each in self.questions].index(task)
+        return slice(ends[place] - len(self.questions[place].classes), ends[place])
+
+    def asking(self, task: TaskName) -> "TrainingConfig":
+        """The same about one question alone."""
+        threshold = self.threshold if task == self.task else None
+        return self.model_copy(update={"task": task, "threshold": threshold, "also": ()})

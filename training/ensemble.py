@@ -6,6 +6,7 @@ An ensemble of one lives in the run folder itself, the members of a larger one i
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.provenance import provenance
 from training import checkpoint
-from training.config import BoostedName, TrainingConfig
+from training.config import BLEND, BoostedName, ModelName, TrainingConfig
 from training.dataset import Clouds
 from training.inputs import blocks, prepared
 from training.loop import MODEL, device, fit, predict
@@ -46,19 +47,37 @@ class Trained:
     members: list[Network | Boosted]
 
     def logits(self, data: Clouds, rows: Tensor | None = None) -> NDArray[np.float64]:
-        """(members, n, C) logits of the crystals `rows`, by default of all."""
-        first, parts = self.members[0], []
+        """(members, n, C) logits of all questions of the crystals `rows`, by default of all."""
+        kinds, parts = _kinds(self.config), []
         for block in blocks(data, torch.arange(len(data)) if rows is None else rows):
             some = data.subset(block.numpy())
-            inputs = (
-                _describe(self.config)(some) if isinstance(first, Boosted) else first.prepare(some)
+            inputs = {
+                kind: _describe(kind)(some) if isinstance(each, Boosted) else each.prepare(some)
+                for kind, each in zip(kinds, self.members, strict=False)
+            }
+            parts.append(
+                [
+                    _logits(each, inputs[kind], len(some), self.config)
+                    for kind, each in zip(cycle(kinds), self.members, strict=False)
+                ]
             )
-            parts.append([_logits(each, inputs, len(some), self.config) for each in self.members])
         return np.concatenate([np.stack(part) for part in parts], axis=1)
 
-    def probabilities(self, data: Clouds, rows: Tensor | None = None) -> NDArray[np.float64]:
-        """(members, n, C); the ensemble's answer is the mean over its members."""
-        return torch.from_numpy(self.logits(data, rows)).softmax(dim=-1).numpy()
+    def probabilities(
+        self, data: Clouds, rows: Tensor | None = None, task: str | None = None
+    ) -> NDArray[np.float64]:
+        """(members, n, C) of one question, by default the first.
+
+        The ensemble's answer is the mean over its members.
+        """
+        return self.shares(self.logits(data, rows), task)
+
+    def shares(
+        self, logits_MNC: NDArray[np.float64], task: str | None = None
+    ) -> NDArray[np.float64]:
+        """Logits of all questions → (members, n, C) probabilities of one, by default the first."""
+        own = logits_MNC[:, :, self.config.columns(task or self.config.task)]
+        return torch.from_numpy(own).softmax(dim=-1).numpy()
 
 
 def fit_members(
@@ -78,15 +97,19 @@ def fit_members(
     """
     peers = peers or Alone()
     parts = Parts.of(data, config)
-    inputs: Any = None
+    kinds, passed = _kinds(config), 0
+    known: dict[ModelName, Any] = {}
     for number, folder in enumerate(_folders(run, config)):
-        own = config.model_copy(update={"seed": config.seed + number, "members": 1})
+        kind = kinds[number % len(kinds)]
+        seed = config.seed + number // len(kinds)
+        own = config.model_copy(update={"model": kind, "seed": seed, "members": 1})
 
-        def shifted(at: Progress, passed: int = number * config.passes) -> None:
+        def shifted(at: Progress, passed: int = passed) -> None:
             progress(replace(at, epoch=at.epoch + passed, epochs=config.members * config.passes))
 
-        if is_boosted(config.model):
-            inputs = _descriptions(config, data) if inputs is None else inputs
+        inputs = known.get(kind)
+        if is_boosted(kind):
+            inputs = _descriptions(kind, data) if inputs is None else inputs
             _boost(folder, inputs, parts, own, identity, resume)
             shifted(Progress(0, 1, 1, 1))
         else:
@@ -103,6 +126,8 @@ def fit_members(
                 peers=peers,
                 progress=shifted,
             )
+        known[kind] = inputs
+        passed += own.passes
 
 
 def load_run(run: Path) -> tuple[Trained, dict[str, Any]]:
@@ -177,18 +202,22 @@ def _boost(
     checkpoint.save(run / MODEL, model.tensors(), state)
 
 
-def _describe(config: TrainingConfig) -> Describe:
-    return DESCRIPTIONS[cast(BoostedName, config.model)]
+def _describe(kind: ModelName) -> Describe:
+    return DESCRIPTIONS[cast(BoostedName, kind)]
 
 
-def _descriptions(config: TrainingConfig, data: Clouds) -> NDArray[np.float32]:
+def _descriptions(kind: ModelName, data: Clouds) -> NDArray[np.float32]:
     """(N, F), what trees see of each crystal."""
-    describe = _describe(config)
+    describe = _describe(kind)
     parts = blocks(data, torch.arange(len(data)))
     return np.concatenate([describe(data.subset(block.numpy())) for block in parts])
 
 
 def _folders(run: Path, config: TrainingConfig) -> list[Path]:
-    if config.members == 1:
-        return [run]
-    return [run / f"member-{number}" for number in range(config.members)]
+    count = config.members * len(_kinds(config))
+    return [run] if count == 1 else [run / f"member-{number}" for number in range(count)]
+
+
+def _kinds(config: TrainingConfig) -> tuple[ModelName, ...]:
+    """The models that members are in turn."""
+    return BLEND if config.model == "blend" else (config.model,)

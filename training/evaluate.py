@@ -93,6 +93,12 @@ def evaluate_run(
         pq.write_table(prediction_table(data, parts, probabilities), temporary)
     answer = summarize(data, parts, probabilities["test"], config)
     answer |= appraise(data, parts, members, config)
+    for task, own in parts.others.items():
+        probability_NC = trained.probabilities(data, own.rows["test"], task).mean(axis=0)
+        summary = summarize(data, own, probability_NC, config.asking(task))
+        answer.setdefault("also", {})[task] = {
+            name: summary[name] for name in ("question", "structures", "metrics", "class_counts")
+        }
     if leaks:
         answer["leakage"] = _leakage(run, data, parts, probabilities["test"], config)
     if against is not None:

@@ -23,11 +23,10 @@ from torch import Tensor
 from cluster.errors import UserError
 from cluster.files import write_text
 from cluster.provenance import provenance
-from training import checkpoint
+from training import checkpoint, objective
 from training.config import TrainingConfig
 from training.dataset import CloudBatch, Clouds
 from training.inputs import prepared
-from training.metrics import score
 from training.models.build import Inputs, Network, new_network
 from training.peers import Alone, Peers
 from training.progress import Progress, Stopwatch
@@ -117,7 +116,7 @@ def fit(
     made = {name: value for name, value in provenance().items() if name != "created"}
     signature |= {"provenance": made}
     best = {name: tensor.detach().clone() for name, tensor in best.items()}
-    train = parts.rows["train"]
+    train = parts.learned
     steps = math.ceil(len(train) / config.batch_size)
     taken, saved = 0, time.monotonic()
     while at.epoch < config.epochs:
@@ -129,7 +128,9 @@ def fit(
                 group["lr"] = rate
             rows = order[at.step * config.batch_size : (at.step + 1) * config.batch_size]
             random = _generator(config.seed, at.epoch, at.step)
-            at.loss_sum += _step(model, optimizer, inputs, parts, rows, random, peers, watch)
+            at.loss_sum += _step(
+                model, optimizer, inputs, parts, config, rows, random, peers, watch
+            )
             at.step += 1
             taken += 1
             if at.step < steps:
@@ -141,7 +142,7 @@ def fit(
                 if taken == stop_after:
                     return None
         record = _validate(model, inputs, parts, config, peers, at, rate)
-        standing = [record["validation_auroc"], -record["validation_loss"]]
+        standing = objective.standing(record, config)
         if not at.best or standing > at.best:
             at.best, at.best_epoch = standing, at.epoch
             best = {name: t.detach().clone() for name, t in model.state_dict().items()}
@@ -175,6 +176,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     inputs: Inputs,
     parts: Parts,
+    config: TrainingConfig,
     rows_B: Tensor,
     random: torch.Generator,
     peers: Peers,
@@ -194,9 +196,7 @@ def _step(
     watch.has_batch()
     with _autocast(where):
         logits = model(batch.to(where)).float()
-        loss = torch.nn.functional.cross_entropy(
-            logits, parts.target_N[rows_B[mine]].to(where), reduction="sum"
-        )
+        loss = objective.loss(logits, parts, config, rows_B[mine])
     (loss / len(rows_B)).backward()
     total = loss.detach()
     peers.sum([*(p.grad for p in model.parameters() if p.grad is not None), total])
@@ -215,23 +215,17 @@ def _validate(
     at: _Position,
     rate: float,
 ) -> dict[str, float]:
-    rows = parts.rows["validation"]
-    logits = torch.from_numpy(predict(model, inputs, rows, config.batch_size, peers))
-    if not logits.isfinite().all():
+    def answers(rows: Tensor) -> NDArray[np.float32]:
+        return predict(model, inputs, rows, config.batch_size, peers)
+
+    scores = objective.validation(answers, parts, config)
+    if not np.isfinite(scores["validation_loss"]):
         raise UserError(
             f"training diverged in epoch {at.epoch}: the network's answers are not finite",
             remedy=f"lower learning_rate = {config.learning_rate:g}",
         )
-    target = parts.target_N[rows]
-    scores = score(target.numpy(), logits.double().softmax(dim=1).numpy())
-    return {
-        "epoch": at.epoch,
-        "train_loss": at.loss_sum / len(parts.rows["train"]),
-        "validation_loss": float(torch.nn.functional.cross_entropy(logits, target)),
-        "validation_auroc": float(scores["auroc"][0]),
-        "validation_balanced_accuracy": float(scores["balanced_accuracy"][0]),
-        "learning_rate": rate,
-    }
+    loss = at.loss_sum / len(parts.learned)
+    return {"epoch": at.epoch, "train_loss": loss, **scores, "learning_rate": rate}
 
 
 def _save(

@@ -3,7 +3,7 @@
 | column                                 | meaning                                                |
 |----------------------------------------|--------------------------------------------------------|
 | `material_id`                          | the crystal's id in its source                         |
-| `task`                                 | the question that the model was trained for            |
+| `task`                                 | the question                                           |
 | `prediction`                           | the more probable class, or most probable one          |
 | `probability`                          | of the positive class, e.g. `stiff`                    |
 | `probability_CLASS`                    | instead of it, where there are more than two classes   |
@@ -16,6 +16,9 @@ with several classes, to the predicted one. Nothing need be assumed of how membe
 to have a meaning: one more member, trained in the same way, would fall between them with
 probability (M − 1)/(M + 1) of M members. A t interval of so few members would need them to be
 normal, and would be as wide as [0, 1] for three. Without an ensemble both are empty.
+
+A model of several questions answers the first of them, or those asked for: then a crystal has a row
+for each, and its probabilities are in the columns that belong to the question.
 """
 
 import json
@@ -29,6 +32,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from cluster.config import build_config
 from cluster.errors import UserError
@@ -39,6 +43,7 @@ from training import domain
 from training.dataset import cloud_set
 from training.ensemble import load_run
 from training.features import Item, of_dataset, of_source, of_structures
+from training.tasks import Task
 
 # What is predicted at a time: as many crystals, or stored points, at most.
 _CRYSTALS, _POINTS = 512, 1 << 21
@@ -50,20 +55,25 @@ class Predictor:
 
     Args:
         run: the folder of a finished training run.
+        task: a question of the model, by default its first, or `all`.
 
     Raises:
-        UserError: no such run, or one that has not finished.
+        UserError: no such run, one that has not finished, or one that was not asked the question.
     """
 
-    def __init__(self, run: Path | str) -> None:
+    def __init__(self, run: Path | str, task: str | None = None) -> None:
         run = Path(run)
         self._trained, recorded = load_run(run)
         self.featurization = featurization_of(run, recorded)
         self._domain = domain.read(run)
-        self._task = self._trained.config.question
-        binary = len(self._task.classes) == 2
-        names = ["probability"] if binary else [f"probability_{c}" for c in self._task.classes]
-        self._shown = [1] if binary else list(range(len(self._task.classes)))
+        asked = {question.name: question for question in self._trained.config.questions}
+        if task not in (None, "all", *asked):
+            raise UserError(
+                f"{run} was not asked about {task}", remedy=f"ask {', '.join(asked)} or all"
+            )
+        chosen = [next(iter(asked))] if task is None else asked if task == "all" else [task]
+        self.tasks = [asked[name] for name in chosen]
+        names = dict.fromkeys(name for each in self.tasks for name in _columns(each))
         self.schema = pa.schema(
             [(name, pa.string()) for name in ("material_id", "task", "prediction")]
             + [(name, pa.float64()) for name in (*names, "lower", "upper")]
@@ -95,31 +105,55 @@ class Predictor:
 
     def _table(self, items: list[Item]) -> pa.Table:
         entries = [found for _, found in items if isinstance(found, Entry)]
-        answers = iter(self._answers(entries) if entries else [])
+        answers = zip(*self._answers(entries), strict=True) if entries else iter(())
         rows = [
-            {"material_id": _utf8(id), "task": self._task.name}
-            | (next(answers) if isinstance(found, Entry) else {"reason": _utf8(found)})
+            {"material_id": _utf8(id), "task": task.name} | answer
             for id, found in items
+            for task, answer in zip(
+                self.tasks,
+                next(answers)
+                if isinstance(found, Entry)
+                else [{"reason": _utf8(found)}] * len(self.tasks),
+                strict=True,
+            )
         ]
         return pa.Table.from_pylist(rows, schema=self.schema)
 
-    def _answers(self, entries: list[Entry]) -> Iterator[dict[str, Any]]:
+    def _answers(self, entries: list[Entry]) -> list[Iterator[dict[str, Any]]]:
+        """Of each question, what is answered of each crystal."""
         data = cloud_set(entries, self.featurization, self._trained.config.radiation)
-        members_MNC = self._trained.probabilities(data, torch.arange(len(data)))
-        mean_NC = members_MNC.mean(axis=0)
-        predicted_N = mean_NC.argmax(axis=1)
-        meant_N = np.ones_like(predicted_N) if len(self._shown) == 1 else predicted_N
-        meant_MN = np.take_along_axis(members_MNC, meant_N[None, :, None], axis=2)[..., 0]
+        logits_MNC = self._trained.logits(data, torch.arange(len(data)))
         strange = None if self._domain is None else domain.flags(data, self._domain)
-        names = [name for name in self.schema.names if name.startswith("probability")]
-        for row, predicted in enumerate(predicted_N):
-            answer: dict[str, Any] = {"prediction": self._task.classes[predicted]}
-            answer |= dict(zip(names, mean_NC[row, self._shown].tolist(), strict=True))
-            if len(members_MNC) > 1:
-                answer |= {"lower": meant_MN[:, row].min(), "upper": meant_MN[:, row].max()}
-            if strange is not None:
-                answer["out_of_distribution"] = bool(strange[row])
-            yield answer
+        shares = [self._trained.shares(logits_MNC, task.name) for task in self.tasks]
+        return [
+            _answers(task, members_MNC, strange)
+            for task, members_MNC in zip(self.tasks, shares, strict=True)
+        ]
+
+
+def _answers(
+    task: Task, members_MNC: NDArray[np.float64], strange: NDArray[np.bool_] | None
+) -> Iterator[dict[str, Any]]:
+    mean_NC = members_MNC.mean(axis=0)
+    predicted_N = mean_NC.argmax(axis=1)
+    binary = len(task.classes) == 2
+    meant_N = np.ones_like(predicted_N) if binary else predicted_N
+    meant_MN = np.take_along_axis(members_MNC, meant_N[None, :, None], axis=2)[..., 0]
+    for row, predicted in enumerate(predicted_N):
+        answer: dict[str, Any] = {"prediction": task.classes[predicted]}
+        shown = mean_NC[row, 1:] if binary else mean_NC[row]
+        answer |= dict(zip(_columns(task), shown.tolist(), strict=True))
+        if len(members_MNC) > 1:
+            answer |= {"lower": meant_MN[:, row].min(), "upper": meant_MN[:, row].max()}
+        if strange is not None:
+            answer["out_of_distribution"] = bool(strange[row])
+        yield answer
+
+
+def _columns(task: Task) -> list[str]:
+    """The columns of a question's probabilities."""
+    binary = len(task.classes) == 2
+    return ["probability"] if binary else [f"probability_{name}" for name in task.classes]
 
 
 def predict(
@@ -127,6 +161,7 @@ def predict(
     source: str,
     out: Path,
     *,
+    task: str | None = None,
     processes: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, int]:
@@ -136,11 +171,13 @@ def predict(
         run: the folder of a finished training run.
         source: as for `xtal featurize`, or the folder of a finished dataset.
         out: `.csv`, `.parquet` or `.jsonl`, written whole or not at all, in the source's order.
+        task: a question of the model, by default its first, or `all`.
         processes: that featurize beside this one.
         progress: called with the number of crystals done.
 
     Returns:
-        How many crystals there were, were predicted, were not, and were out of distribution.
+        How many crystals there were, and of how many rows there is a prediction, there is none, and
+        the crystal is out of distribution.
 
     Raises:
         UserError: no such run or source, another ending, or a dataset featurized otherwise.
@@ -151,7 +188,7 @@ def predict(
         )
     if out.exists() and Path(source).exists() and out.samefile(source):
         raise UserError(f"{out} is the source itself", remedy="write to another file")
-    predictor = Predictor(run)
+    predictor = Predictor(run, task)
     if (Path(source) / "manifest.json").is_file():
         items = of_dataset(Path(source), predictor.featurization)
     else:
@@ -160,7 +197,7 @@ def predict(
     with _writing(out, predictor.schema) as write:
         for table in predictor.tables(items):
             write(table)
-            counts["crystals"] += len(table)
+            counts["crystals"] += len(table) // len(predictor.tasks)
             counts["predicted"] += len(table) - table["prediction"].null_count
             counts["not predicted"] += table["prediction"].null_count
             counts["out of distribution"] += sum(

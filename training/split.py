@@ -6,7 +6,7 @@ stand on two sides, and a crystal keeps its side when the dataset grows.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from cluster.errors import UserError
 from training.config import TrainingConfig
 from training.dataset import Clouds
-from training.tasks import UNKNOWN
+from training.tasks import UNKNOWN, TaskName
 
 SPLITS = ("train", "validation", "test")
 _SALT = b"crystal-genome split 1:"
@@ -54,10 +54,18 @@ class Parts:
 
     target_N: Tensor  # int64, UNKNOWN where the label is
     rows: dict[str, Tensor]  # split → int64 rows
+    others: dict[TaskName, "Parts"] = field(default_factory=dict)  # the same of `config.also`
+
+    @property
+    def learned(self) -> Tensor:
+        """Training crystals of which any question's class is known, in order."""
+        every = [self, *self.others.values()]
+        rows: Tensor = torch.cat([parts.rows["train"] for parts in every]).unique()
+        return rows
 
     @classmethod
     def of(cls, data: Clouds, config: TrainingConfig) -> "Parts":
-        """Split a dataset for the config's task.
+        """Split a dataset for the config's task and, in `others`, for those beside it.
 
         Raises:
             UserError: the label is not in the dataset, or a class is missing in a split.
@@ -87,7 +95,9 @@ class Parts:
                     f"{name}: {len(part)} crystals, none of class {', '.join(missing)}",
                     remedy="give more crystals, or another threshold or fraction",
                 )
-        return cls(torch.from_numpy(target), {n: torch.from_numpy(r) for n, r in rows.items()})
+        others = {name: cls.of(data, config.asking(name)) for name in config.also}
+        tensors = {name: torch.from_numpy(part) for name, part in rows.items()}
+        return cls(torch.from_numpy(target), tensors, others)
 
     def class_counts(self, classes: tuple[str, ...]) -> dict[str, dict[str, int]]:
         """Split → class → number of crystals."""

@@ -1,5 +1,6 @@
 """The questions: label → class, with thresholds and units."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -63,6 +64,18 @@ TASKS: dict[TaskName, Task] = {
         positive_above=False,
     ),
 }
+
+
+def answerable(labels: Sequence[str]) -> list[TaskName]:
+    """The tasks that a dataset of these labels has answers to; crystal system, always, as last."""
+    return [
+        *(
+            name
+            for name, task in TASKS.items()
+            if task.label in labels and task.threshold is not None
+        ),
+        "crystal_system",
+    ]
 
 
 def task_of(name: TaskName, threshold: float | None = None) -> Task:

@@ -1,7 +1,7 @@
 """One training run from dataset to metrics: the folder that `xtal train` writes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import write_text
 from cluster.provenance import provenance
+from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
 from training import checkpoint, domain
 from training.config import TrainingConfig
@@ -16,8 +17,11 @@ from training.dataset import open_clouds
 from training.distributed import fit_on_workers
 from training.ensemble import fit_members
 from training.evaluate import evaluate_run
+from training.features import differences
+from training.predict import featurization_of
 from training.progress import Progress
 from training.split import Parts
+from training.tasks import TaskName, answerable
 from training.tensorboard import log_epochs
 
 
@@ -49,6 +53,8 @@ def train(
         )
     if run.exists() and any(run.iterdir()) and not begun:
         raise UserError(f"{run} is not empty and holds no training", remedy="give a new folder")
+    if config.init is not None:
+        _check_init(Path(config.init), manifest)
     data = open_clouds(dataset, config.radiation)
     parts = Parts.of(data, config)  # a question that cannot be asked leaves no folder behind
     if begun:
@@ -76,5 +82,30 @@ def train(
                 progress(at)
 
             fit_members(run, data, config, identity=identity, resume=resume, progress=both)
-    domain.write(run, data, parts.rows["train"], parts.rows["validation"])
+    domain.write(run, data, parts.learned, parts.rows["validation"])
     return evaluate_run(run, dataset, data=data)
+
+
+def questions_of(dataset: Path) -> list[TaskName]:
+    """All questions that a dataset has labels for.
+
+    Raises:
+        UserError: no finished dataset.
+    """
+    return answerable(read_manifest(dataset)["labels"])
+
+
+def _check_init(init: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a run to begin with whose crystals were featurized otherwise."""
+    try:
+        recorded = json.loads((init / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"init = {init}: no such run", remedy="give a finished run's folder"
+        ) from None
+    theirs = featurization_of(init, recorded)
+    if differing := differences(theirs, FeaturizationConfig(**manifest["config"])):
+        raise UserError(
+            f"init = {init}: its crystals were featurized otherwise: {'; '.join(differing)}",
+            remedy="featurize the dataset with the settings of that run",
+        )

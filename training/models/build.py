@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training.config import BoostedName, ModelName, NetworkName, TrainingConfig
 from training.dataset import CloudBatch, Clouds, CloudSet
-from training.models import baselines, descriptors
+from training.models import baselines, descriptors, warmstart
 from training.models.attention import Attention
 from training.models.harmonic import Harmonic
 from training.models.pointnet import PointNet
@@ -55,15 +55,20 @@ def empty_network(config: TrainingConfig) -> Network:
     """The configured network with seeded weights, its units not set."""
     torch.manual_seed(config.seed)
     kind = _NETWORKS[cast(NetworkName, config.model)]
-    return kind(len(config.question.classes), config.width or _WIDTHS.get(config.model, 64))
+    classes = sum(len(question.classes) for question in config.questions)
+    return kind(classes, config.width or _WIDTHS.get(config.model, 64))
 
 
 def new_network(config: TrainingConfig, data: Clouds, train_rows: Tensor) -> Network:
     """The configured network with seeded weights and units of the training crystals.
 
-    Of more than 16,384 of them, as many that are evenly spaced give the units.
+    Of more than 16,384 of them, as many that are evenly spaced give the units. With `config.init`
+    both are those of that run.
     """
     network = empty_network(config)
+    if config.init is not None:
+        warmstart.begin(network, config)
+        return network
     sample = np.linspace(0, len(train_rows) - 1, min(len(train_rows), _SAMPLE)).astype(int)
     network.scale_to(data.subset(train_rows.numpy()[sample]))
     return network

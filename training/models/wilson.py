@@ -10,6 +10,7 @@ Shape legend, besides that of `training.dataset`: Q lengths |q| of the curve, B 
 import numpy as np
 from numpy.typing import NDArray
 
+from featurization.kernel import compiled
 from training.dataset import CloudSet
 from training.models.indexing import volumes
 
@@ -18,7 +19,7 @@ FloatArray = NDArray[np.float64]
 _INSIDE, _OUTSIDE = 0.6, 1.4  # Å: the Patterson function counts wholly, not at all; 1 Å by half
 _WINDOW = 0.6  # 1/Å, 1 σ of the Gaussian that keeps the sphere's edge from ringing
 _KNOTS = np.array([0.2, 0.45, 0.7, 0.95, 1.2])  # 1/Å, ranges of |q| overlap linearly
-_SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of E², whose mean is 1
+_LARGEST = 9.0  # of the scales of E², whose mean is 1; each is a third of the one before
 _ELECTRONS = 300.0  # of more than a few hundred, rounding hides whether they are even or odd
 _TINY = 1e-9
 
@@ -35,8 +36,8 @@ def statistics(data: CloudSet, radial_NB: FloatArray, q_B: FloatArray) -> FloatA
       electrons is even (cos π, cos π/2; a crystal with an odd one is a metal or magnetic).
     - Number of reflections present over that which a lattice of this cell has in the sphere.
     - The distribution of E² = I V / (Σf²/V), in five ranges of |q|: the means over all nodes of the
-      lattice of E²/t exp(−E²/t) for six t, of E, E², E⁴ (Wilson's: centric or not, many atoms or
-      few). Absent reflections count as 0.
+      lattice of E²/t exp(−E²/t) for t = 9, 3, … 1/27, of E, E², E⁴ (Wilson's: centric or not, many
+      atoms or few). Absent reflections count as 0.
 
     Args:
         radial_NB: intensity, both Friedel mates, near each of the lengths `q_B` in 1/Å.
@@ -44,8 +45,8 @@ def statistics(data: CloudSet, radial_NB: FloatArray, q_B: FloatArray) -> FloatA
     lengths_Q = np.linspace(0, q_B[-1], 25)
     own_NQ = radial_NB @ _own(q_B, lengths_Q)
     log_NQ = np.log(np.maximum(own_NQ, _TINY))
-    present_P = (data.intensity_P > 0).double().numpy()
-    points_N = _sums(data, present_P, np.zeros(len(present_P), dtype=np.int64), 1)[:, 0]
+    present_P = (data.intensity_P > 0) * data.multiplicity_P
+    points_N = np.bincount(data.crystal_P.numpy(), present_P.numpy(), len(data))
     # Without a lattice: as if the points filled the sphere.
     volume_N = volumes(data)
     filled_N = np.maximum(points_N, 1) / (4 / 3 * np.pi * q_B[-1] ** 3)
@@ -84,31 +85,61 @@ def _own(q_B: FloatArray, lengths_Q: FloatArray) -> FloatArray:
 def _distribution(
     data: CloudSet, volume_N: FloatArray, log_NQ: FloatArray, lengths_Q: FloatArray
 ) -> FloatArray:
-    """(N, 5 × 9): functions of E², averaged near each knot of |q|."""
-    q_P = data.q_P3.double().norm(dim=1).numpy()
-    crystal_P = data.crystal_P.numpy()
-    place_P = np.minimum(q_P / lengths_Q[1], len(lengths_Q) - 1.001)
-    lower_P = place_P.astype(np.int64)
-    share_P = place_P - lower_P
-    own_P = np.exp(
-        log_NQ[crystal_P, lower_P] * (1 - share_P) + log_NQ[crystal_P, lower_P + 1] * share_P
+    """(N, 9 × 5): functions of E², averaged near each knot of |q|."""
+    sums = _functions(
+        data.q_P3.double().numpy(),
+        data.intensity_P.double().numpy(),
+        data.multiplicity_P.numpy(),
+        data.offsets.numpy(),
+        volume_N,
+        log_NQ,
+        float(lengths_Q[1]),
     )
-    window_P = np.exp(-0.5 * (q_P / _WINDOW) ** 2)
-    square_P = data.intensity_P.double().numpy() * window_P * volume_N[crystal_P] / own_P
-    # Linear hats at the knots; the origin is no reflection.
-    position_P = np.interp(q_P, _KNOTS, np.arange(len(_KNOTS)))
-    bin_P = np.minimum(position_P.astype(np.int64), len(_KNOTS) - 2)
-    upper_P = (position_P - bin_P) * (q_P > 0)
-    below_P = (1 - (position_P - bin_P)) * (q_P > 0)
-    expected = np.maximum(volume_N[:, None] * _hats(), 1.0)
-    functions = [square_P / t * np.exp(-square_P / t) for t in _SCALES]
-    functions += [np.sqrt(square_P), square_P, square_P**2]
-    columns = []
-    for value_P in functions:
-        sums = _sums(data, value_P * below_P, bin_P, len(_KNOTS))
-        sums += _sums(data, value_P * upper_P, bin_P + 1, len(_KNOTS))
-        columns.append(np.log1p(sums / expected) if value_P is functions[-1] else sums / expected)
-    return np.concatenate(columns, axis=1)
+    means = sums / np.maximum(volume_N[:, None] * _hats(), 1.0)[:, None]
+    means[:, -1] = np.log1p(means[:, -1])
+    answer: FloatArray = means.reshape(len(data), sums.shape[1] * sums.shape[2])
+    return answer
+
+
+@compiled
+def _functions(
+    q_P3: FloatArray,
+    intensity_P: FloatArray,
+    multiplicity_P: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    volume_N: FloatArray,
+    log_NQ: FloatArray,
+    step: float,
+) -> FloatArray:
+    """(N, 9, 5) sums over the points, both mates, shared by the two knots beside each."""
+    sums = np.zeros((len(volume_N), 9, len(_KNOTS)))
+    values = np.empty(9)
+    for row in range(len(volume_N)):
+        for point in range(offsets[row], offsets[row + 1]):
+            q = np.sqrt(q_P3[point, 0] ** 2 + q_P3[point, 1] ** 2 + q_P3[point, 2] ** 2)
+            if q == 0:  # the origin is no reflection
+                continue
+            place = min(q / step, log_NQ.shape[1] - 1.001)
+            lower = int(place)
+            rise = log_NQ[row, lower + 1] - log_NQ[row, lower]
+            own = log_NQ[row, lower] + (place - lower) * rise
+            # The curve is of intensities under the window.
+            windowed = np.exp(-0.5 * (q / _WINDOW) ** 2 - own)
+            square = intensity_P[point] * volume_N[row] * windowed
+            scale, decay = _LARGEST, np.exp(-square / _LARGEST)
+            for k in range(6):
+                values[k] = square / scale * decay
+                scale, decay = scale / 3, decay * decay * decay
+            values[6], values[7], values[8] = np.sqrt(square), square, square * square
+            knot = 0
+            while knot < len(_KNOTS) - 2 and q >= _KNOTS[knot + 1]:
+                knot += 1
+            share = (q - _KNOTS[knot]) / (_KNOTS[knot + 1] - _KNOTS[knot])
+            share = min(max(share, 0.0), 1.0)
+            for k in range(9):
+                sums[row, k, knot] += multiplicity_P[point] * (1 - share) * values[k]
+                sums[row, k, knot + 1] += multiplicity_P[point] * share * values[k]
+    return sums
 
 
 def _hats() -> FloatArray:
@@ -118,11 +149,3 @@ def _hats() -> FloatArray:
     hats = np.maximum(0, 1 - np.abs(position[:, None] - np.arange(len(_KNOTS))))
     answer: FloatArray = (4 * np.pi * q[:, None] ** 2 * hats).sum(axis=0) * q[1]
     return answer
-
-
-def _sums(data: CloudSet, value_P: FloatArray, bin_P: NDArray[np.int64], bins: int) -> FloatArray:
-    """(N, bins) of a value of stored points, both Friedel mates."""
-    weighted_P = value_P * data.multiplicity_P.numpy()
-    slot_P = data.crystal_P.numpy() * bins + bin_P
-    sums = np.bincount(slot_P, weighted_P, len(data) * bins).astype(np.float64)
-    return sums.reshape(len(data), bins)

@@ -1,0 +1,237 @@
+"""Several questions at once, weights of another run, blends; and what a model must not be told."""
+
+import csv
+import json
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from small import random_set, tiny
+
+from cluster.errors import UserError
+from featurization.manifest import read_manifest
+from training import objective
+from training.config import TrainingConfig
+from training.dataset import CloudSet
+from training.ensemble import fit_members, load_members, load_run
+from training.models.build import DESCRIPTIONS, new_network
+from training.predict import predict
+from training.split import Parts
+from training.tasks import UNKNOWN, answerable
+from training.train import train
+
+IDENTITY = {"content_hash": "0" * 64}
+STRUCTURE_ONLY = ["pointnet", "harmonic", "attention", "powder_cnn", "boosted", "powder", "blend"]
+POINTS_ONLY = {"q_P3", "intensity_P", "multiplicity_P", "offsets"}
+
+
+@pytest.fixture(scope="module")
+def labelled(clouds):
+    """Crystals of which a third has a bulk modulus, and another third, in part, a gap."""
+    size = np.bincount(clouds.crystal_P.numpy(), clouds.intensity_P.numpy())
+    random = np.random.default_rng(0).uniform(size=len(clouds))
+    bulk = np.where(random < 0.6, 85 + 40 * np.sign(size - np.median(size)), np.nan)
+    gap = np.where(random > 0.3, (clouds.crystal_systems == "cubic") * 1.0, np.nan)
+    return replace(clouds, labels={"bulk_modulus": bulk, "band_gap": gap})
+
+
+def several(**changes):
+    return tiny(**({"task": "bulk_modulus", "also": ["band_gap", "crystal_system"]} | changes))
+
+
+def test_losses_are_of_what_is_known(labelled):
+    """Oracle: each crystal and question by itself."""
+    config = several()
+    parts = Parts.of(labelled, config)
+    assert set(parts.others) == {"band_gap", "crystal_system"}
+    rows = torch.arange(len(labelled))
+    logits = torch.randn(len(rows), 2 + 2 + 7, generator=torch.Generator().manual_seed(0))
+    logits = logits.double().requires_grad_()
+    total = objective.loss(logits, parts, config, rows)
+    targets = [parts.target_N, *(own.target_N for own in parts.others.values())]
+    expected = 0.0
+    for target_N, columns in zip(targets, (slice(0, 2), slice(2, 4), slice(4, 11)), strict=True):
+        for row, target in enumerate(target_N.tolist()):
+            if target != UNKNOWN:
+                expected -= float(logits[row, columns].log_softmax(0)[target])
+    assert total.item() == pytest.approx(expected)
+    total.backward()
+    unknown = parts.target_N == UNKNOWN
+    assert unknown.any()
+    assert logits.grad[unknown, :2].abs().max() == 0
+    learned = set(parts.learned.tolist())
+    assert learned == set(parts.others["crystal_system"].rows["train"].tolist())
+    for own in (parts, *parts.others.values()):
+        assert not learned & set(own.rows["test"].tolist())
+
+
+def test_one_network_answers_several_questions(labelled, tmp_path):
+    config = several(model="harmonic", epochs=6, members=2)
+    fit_members(tmp_path, labelled, config, identity=IDENTITY)
+    trained = load_members(tmp_path, config)
+    for task, classes in (("bulk_modulus", 2), ("band_gap", 2), ("crystal_system", 7)):
+        shares = trained.probabilities(labelled, task=task)
+        assert shares.shape == (2, len(labelled), classes)
+        assert np.allclose(shares.sum(axis=-1), 1)
+    rows = list(csv.DictReader((tmp_path / "member-0" / "history.csv").open()))
+    assert {"validation_auroc", "validation_auroc_band_gap"} < set(rows[0])
+    # Crystal systems can be learned from so few crystals, whoever else is asked.
+    right = trained.probabilities(labelled, task="crystal_system").mean(axis=0).argmax(axis=1)
+    target = Parts.of(labelled, config).others["crystal_system"].target_N.numpy()
+    assert (right == target).mean() > 0.5
+
+
+def test_questions_are_asked_once_and_of_networks():
+    with pytest.raises(ValueError, match="each question once"):
+        several(also=["bulk_modulus"])
+    with pytest.raises(ValueError, match="boosted answers one question"):
+        several(model="boosted")
+    with pytest.raises(ValueError, match="no weights to begin with"):
+        tiny(model="boosted", init="run")
+    with pytest.raises(ValueError, match="blend trains in one process"):
+        tiny(model="blend", workers=2)
+    assert answerable(["density", "band_gap"]) == ["band_gap", "crystal_system"]
+
+
+def test_a_run_begins_with_the_weights_of_another(clouds, labelled, tmp_path):
+    first = tiny(model="pointnet", epochs=1)
+    fit_members(tmp_path / "first", clouds, first, identity=IDENTITY)
+    recorded = {"training": first.model_dump(mode="json")}
+    (tmp_path / "first" / "config.json").write_text(json.dumps(recorded))
+    init = {"model": "pointnet", "init": str(tmp_path / "first")}
+    theirs = load_members(tmp_path / "first", first).members[0].state_dict()
+
+    def begun(config):
+        return new_network(config, labelled, Parts.of(labelled, config).rows["train"]).state_dict()
+
+    same = begun(tiny(**init))
+    assert all(torch.equal(same[name], theirs[name]) for name in theirs)
+    other = begun(tiny(task="bulk_modulus", **init))
+    answering = {name for name in theirs if other[name].shape != theirs[name].shape}
+    assert answering == {"head.3.weight", "head.3.bias"}
+    assert all(torch.equal(other[n], theirs[n]) for n in theirs if n not in answering)
+    for changes, message in (
+        ({"width": 32}, "width is 16 there, 32 here"),
+        ({"model": "harmonic"}, "model is 'pointnet' there, 'harmonic' here"),
+        ({"test_fraction": 0.3}, "its training saw crystals that are for test here"),
+        ({"validation_fraction": 0.3}, "its training saw crystals that are for validation here"),
+        ({"init": str(tmp_path)}, "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            begun(tiny(**(init | changes)))
+
+
+def test_a_blend_is_the_mean_of_its_kinds(dataset, tmp_path):
+    run = tmp_path / "run"
+    train(dataset, run, tiny(model="blend", trees=20, epochs=1, members=2))
+    trained, _ = load_run(run)
+    assert [state["config"]["model"] for state in trained.states] == ["boosted", "harmonic"] * 2
+    assert [state["config"]["seed"] for state in trained.states] == [0, 0, 1, 1]
+    predict(run, str(dataset), tmp_path / "table.csv")
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert all(row["prediction"] and row["lower"] <= row["upper"] for row in rows)
+
+
+def test_each_question_has_its_row(dataset, labelled, tmp_path):
+    run, config = tmp_path / "run", several(model="pointnet", epochs=1)
+    fit_members(run, labelled, config, identity=IDENTITY)
+    recorded = {
+        "training": config.model_dump(mode="json"),
+        "featurization": read_manifest(dataset)["config"],
+    }
+    (run / "config.json").write_text(json.dumps(recorded))
+    counts = predict(run, str(dataset), tmp_path / "all.csv", task="all")
+    rows = list(csv.DictReader((tmp_path / "all.csv").open()))
+    assert len(rows) == 3 * counts["crystals"] == 3 * len(labelled)
+    order = ["bulk_modulus", "band_gap", "crystal_system"]
+    assert [row["task"] for row in rows[:6]] == order * 2
+    for row in rows:
+        system = row["task"] == "crystal_system"
+        assert (row["probability"] == "") == system
+        assert (row["probability_cubic"] != "") == system
+        assert row["prediction"]
+    predict(run, str(dataset), tmp_path / "gap.csv", task="band_gap")
+    gap = list(csv.DictReader((tmp_path / "gap.csv").open()))
+    assert gap == [{name: row[name] for name in gap[0]} for row in rows[1::3]]
+    predict(run, str(dataset), tmp_path / "first.csv")
+    first = list(csv.DictReader((tmp_path / "first.csv").open()))
+    assert [row["task"] for row in first] == ["bulk_modulus"] * len(labelled)
+    with pytest.raises(UserError, match="was not asked about stability"):
+        predict(run, str(dataset), tmp_path / "no.csv", task="stability")
+
+
+class Spied(CloudSet):
+    """Notes what is read of the columns of a crystal."""
+
+    __slots__ = ()
+    seen: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name):
+        if name in CloudSet.__dataclass_fields__:
+            Spied.seen.add(name)
+        return super().__getattribute__(name)
+
+    def subset(self, rows):
+        """What is only copied is not read."""
+        before = set(Spied.seen)
+        part = super().subset(rows)
+        Spied.seen &= before
+        return spied(part)
+
+
+def spied(data):
+    return Spied(**{name: getattr(data, name) for name in CloudSet.__dataclass_fields__})
+
+
+def disguised(data):
+    """The same clouds under other names, formulas, symmetries, labels, indices and cells."""
+    number = len(data)
+    return replace(
+        data,
+        ids=np.array([f"x{i}" for i in range(number)]),
+        groups=np.array(["NaCl"] * number),
+        crystal_systems=np.array(["monoclinic"] * number),
+        labels={name: -values for name, values in data.labels.items()},
+        hkl_P3=data.hkl_P3 * 0,
+        lattice_N33=data.lattice_N33 * 0 + torch.eye(3),
+    )
+
+
+@pytest.mark.parametrize("model", STRUCTURE_ONLY)
+def test_a_model_of_structure_sees_points_alone(model, tmp_path):
+    """Logits are equal to the bit whatever the formula, the atoms, the id, the cell are said to be.
+
+    The model was trained with formulas and ids as they are, so that it could have learned them.
+    """
+    data = random_set(0, [int(n) for n in np.random.default_rng(0).integers(5, 40, 60)])
+    config = tiny(task="bulk_modulus", model=model, epochs=1, trees=5)
+    fit_members(tmp_path, data, config, identity=IDENTITY)
+    trained = load_members(tmp_path, config)
+    assert np.array_equal(trained.logits(data), trained.logits(disguised(data)))
+
+
+def test_the_formula_is_noticed_where_it_is_told():
+    """The test above can fail: here is a model that reads the formula, and one that reads cells."""
+    data = random_set(0, [20] * 6)
+    data = replace(data, groups=np.array(["Si", "GaAs", "MgO", "Fe", "Al2O3", "TiO2"]))
+    for model in ("composition_only", "lattice_only"):
+        describe = DESCRIPTIONS[model]
+        assert not np.array_equal(describe(data), describe(disguised(data)), equal_nan=True)
+
+
+@pytest.mark.parametrize("model", ["harmonic", "attention", "powder_cnn", "boosted", "powder"])
+def test_nothing_but_points_is_read(model):
+    data = random_set(0, [20] * 6)
+    watched = spied(data)
+    config = TrainingConfig(model=model, width=16)
+    if model in DESCRIPTIONS:
+        Spied.seen.clear()
+        DESCRIPTIONS[model](watched)
+    else:
+        network = new_network(config, data, torch.arange(6))
+        Spied.seen.clear()
+        network.prepare(watched)
+    # `ids` for the number of crystals alone.
+    assert Spied.seen - {"ids"} == POINTS_ONLY
