@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from cluster.commands import register
 from cluster.config import build_config, read_toml
 from cluster.errors import RunFailed, Stopped, UserError
 from cluster.mpi import agree
@@ -21,7 +22,8 @@ app = typer.Typer(
     name="xtal",
     help="Ask whether the structure of a crystal alone, without chemistry, tells what it does. "
     "Verbs in the order of the data: featurize, inspect, verify, train, evaluate, predict, ablate, "
-    "report; demo does all of them. --debug anywhere shows the traceback of an error.",
+    "report; demo does all of them. On a cluster: submit, jobs, cancel, dashboard. "
+    "--debug anywhere shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -429,6 +431,9 @@ def demo(
     for line in answer.sentences:
         out.print(line, highlight=False)
     out.print(f"\nreport: {answer.report}", soft_wrap=True)
+
+
+register(app)
 
 
 def main() -> None:

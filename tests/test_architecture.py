@@ -21,6 +21,8 @@ LONG = {
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+# The one module that asks the kernel for addresses and free ports.
+ASKS_FOR_PORTS = "cluster/ray_node.py"
 NETWORK = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "smtplib"}
 
 
@@ -53,7 +55,8 @@ def sins(name: str, text: str) -> list[str]:
         top = module.split(".")[0]
         if top in ORDER and ORDER.index(top) > ORDER.index(package):
             found.append(f"imports {module}, which is to its right")
-        if top in FORBIDDEN_MODULES | NETWORK:
+        allowed = {"socket"} if name == ASKS_FOR_PORTS else set()
+        if top in (FORBIDDEN_MODULES | NETWORK) - allowed:
             found.append(f"imports {module}")
         if top in ("torch", "safetensors", "tensorboard") and package in ORDER[:2]:
             found.append(f"imports {module}")
@@ -115,7 +118,7 @@ def test_each_framework_has_its_place() -> None:
     assert importers("mpi4py") == {"cluster/mpi.py"}
     allowed = {"cluster/ray_session.py", "training/distributed.py", "ablation/run.py"}
     assert "cluster/ray_session.py" in importers("ray") <= allowed
-    assert len(importers("submitit")) <= 1
+    assert importers("submitit") == {"cluster/submit.py"}
 
 
 def test_no_two_modules_of_one_name_shadow_each_other() -> None:

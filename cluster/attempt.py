@@ -1,0 +1,196 @@
+"""One attempt of a batch job: `python -m cluster.attempt RESULT -- COMMAND …`.
+
+Every command of `xtal` goes on from what is on disk, so that a job survives by being run again:
+
+- SIGUSR1, which `sbatch --signal=B:USR1@120` sends before the time limit, is passed on; the job is
+  requeued once the command has stopped. SIGTERM (cancelled, or preempted: SLURM requeues that by
+  itself) is passed on, too, and ends the attempt.
+- A command that fails while the disk is full or the file system is out of reach is run again as
+  soon as it is not, within `WAIT` seconds.
+- Two attempts of a job that left RESULT as they found it end the job, instead of a third.
+
+The attempts of a job are lines of `RESULT.jobs/attempts.jsonl`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from cluster.errors import RunFailed, UserError
+from cluster.files import append_line, whole_lines
+
+ATTEMPTS = "attempts.jsonl"
+WAIT = 600.0  # longest wait for a full disk or a file system out of reach, s
+_REQUEUE = 75  # exit code of a command that a signal stopped with all work safe
+_BAD_INPUT = 2
+# What work leaves behind; all else (logs, locks, plans) changes without progress.
+_WORK = {".h5", ".safetensors", ".parquet", ".jsonl", ".csv", ".json", ".html"}
+_ROOM = 1 << 22  # bytes that must fit before work goes on
+
+
+def jobs_folder(result: Path) -> Path:
+    """Beside a result: what its jobs leave, so that the result has its own files alone."""
+    return result.absolute().with_name(f"{result.absolute().name}.jobs")
+
+
+def mark(result: Path) -> str:
+    """A digest of what work has left in `result`: equal if nothing was done in between."""
+    digest = hashlib.sha256()
+    for path in sorted(result.rglob("*")):
+        if path.suffix in _WORK and "logs" not in path.relative_to(result).parts:
+            with suppress(FileNotFoundError):
+                about = path.stat()
+                rewritten = about.st_mtime_ns if path.suffix == ".safetensors" else 0
+                digest.update(f"{path}\0{about.st_size}\0{rewritten}\n".encode("utf-8", "replace"))
+    return digest.hexdigest()[:16]
+
+
+def note_attempt(jobs: Path, job: str, found: str) -> None:
+    """Record that an attempt of `job` begins with a result whose mark is `found`.
+
+    Raises:
+        RunFailed: the two attempts before it made no progress.
+    """
+    path = jobs / ATTEMPTS
+    before = [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+    same = [row["mark"] for row in before if row["job"] == job]
+    row = {
+        "job": job,
+        "mark": found,
+        "nodes": os.environ.get("SLURM_JOB_NODELIST", ""),
+        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    append_line(path, json.dumps(row))
+    if same[-2:] == [found, found]:
+        raise RunFailed(
+            f"job {job} made no progress in its last two attempts and is not run again",
+            remedy=f"read its log in {jobs}, mend the reason, and submit it again",
+        )
+
+
+def trouble(folder: Path, patience: float = 20.0) -> str | None:
+    """Why nothing can be written into `folder` now, or None; that nothing answers is a reason."""
+    said: list[str | None] = [f"{folder} does not answer for {patience:.0f} s"]
+
+    def probe() -> None:
+        path = folder / f".probe-{secrets.token_hex(4)}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with path.open("wb") as stream:
+                    stream.write(b"\0" * _ROOM)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            finally:
+                path.unlink(missing_ok=True)
+            said[0] = None
+        except OSError as error:
+            said[0] = f"cannot write to {folder}: {error.strerror}"
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(patience)
+    return said[0]
+
+
+class Attempt:
+    """Runs a command, passes signals on to it, and runs it again after trouble with a disk."""
+
+    def __init__(self, folders: Sequence[Path], command: Sequence[str]) -> None:
+        self._folders, self._command = folders, command
+        self._child: subprocess.Popen[bytes] | None = None
+        self.received = 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if self._child is not None:
+            self._child.send_signal(number)
+
+    def run(self) -> int:
+        """The command's exit code, 128 + signal if a signal ended it.
+
+        Raises:
+            RunFailed: the disk was full, or the file system out of reach, for too long.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+        while True:
+            self._wait_for_disks()
+            if self.received:
+                return 128 + self.received
+            self._child = subprocess.Popen(self._command)
+            if self.received:  # it came in between
+                self._child.send_signal(self.received)
+            code = self._child.wait()
+            code = code if code >= 0 else 128 - code
+            if code in (0, _REQUEUE, _BAD_INPUT) or self.received or not self._trouble():
+                return code
+
+    def _trouble(self) -> str | None:
+        return next((found for each in self._folders if (found := trouble(each))), None)
+
+    def _wait_for_disks(self) -> None:
+        end, pause, said = time.monotonic() + WAIT, 1.0, ""
+        while (found := self._trouble()) and not self.received:
+            if found != said:
+                _say(f"{said:= found}; waiting up to {WAIT:.0f} s")
+            if time.monotonic() + pause > end:
+                raise RunFailed(
+                    f"{found}, for {WAIT:.0f} s now",
+                    remedy="make room, or mend the file system, and submit again: all work is safe",
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+
+def _requeue(job: str) -> None:
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunFailed(
+            f"job {job} cannot be requeued: {done.stderr.strip()}",
+            remedy="submit it again: it goes on where it stopped",
+        )
+    _say(f"job {job} is requeued and goes on where it stopped")
+    time.sleep(60)  # SLURM ends this attempt
+
+
+def _say(text: str) -> None:
+    print(f"xtal: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Exit code of the command; outside of a SLURM job nothing is requeued."""
+    parser = argparse.ArgumentParser(description="Run one attempt of a batch job.")
+    parser.add_argument("result", type=Path, help="what the command makes")
+    parser.add_argument("command", nargs="+", help="after --")
+    given = parser.parse_args()
+    jobs, job = jobs_folder(given.result), os.environ.get("SLURM_JOB_ID", "")
+    attempt = Attempt([jobs, Path(tempfile.gettempdir())], given.command)
+    try:
+        jobs.mkdir(parents=True, exist_ok=True)
+        if job:
+            note_attempt(jobs, job, mark(given.result))
+        code = attempt.run()
+        stopped = code == _REQUEUE or (attempt.received == signal.SIGUSR1 and code)
+        if stopped and job and attempt.received != signal.SIGTERM and code != _BAD_INPUT:
+            _requeue(job)
+    except (RunFailed, UserError) as error:
+        sys.exit(f"xtal: {error}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

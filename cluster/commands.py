@@ -1,0 +1,111 @@
+"""Verbs of `xtal` that speak to a cluster: submit, jobs, cancel, dashboard."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from cluster.attempt import jobs_folder
+from cluster.errors import UserError
+from cluster.slurm import Job, ask, cancel, look, recorded
+from cluster.submit_commands import submitting
+from cluster.terminal import options_from, out
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")]
+OptionsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", callback=options_from, is_eager=True, help="TOML file with these options."
+    ),
+]
+Result = Annotated[Path, typer.Argument(metavar="RUN", help="What was submitted: OUT or RUN.")]
+
+
+def jobs(result: Result, config: OptionsFile = None, as_json: AsJson = False) -> None:
+    """Show the jobs of a result: state, time, nodes, reason, and the end of the newest log."""
+    rows = [(row, look(row["job"])) for row in _rows(result)]
+    if as_json:
+        print(json.dumps([_as_dict(row, job) for row, job in rows], indent=1))
+        return
+    table = Table("job", "verb", "state", "elapsed", "nodes", "restarts", "reason")
+    for row, job in rows:
+        cells = (job.state, job.elapsed, job.nodes, job.restarts, job.reason)
+        table.add_row(row["job"], row["verb"], *cells)
+    out.print(table)
+    begun = [row for row, _ in rows if Path(row["log"]).exists()]
+    if begun:
+        log = Path(begun[-1]["log"])
+        out.print(f"{log} ends:", soft_wrap=True, highlight=False)
+        for line in log.read_text(errors="replace").splitlines()[-8:]:
+            out.print(f"  {line}", soft_wrap=True, highlight=False)
+
+
+def cancel_jobs(result: Result, config: OptionsFile = None) -> None:
+    """Cancel the jobs of a result that have not ended; what is done is safe."""
+    alive = [row["job"] for row in _rows(result) if not look(row["job"]).over]
+    cancel(alive)
+    out.print(f"cancelled: {', '.join(alive) or 'none, all have ended'}", highlight=False)
+
+
+def dashboard(
+    result: Result,
+    login: Annotated[
+        str | None, typer.Option(help="user@host of the login node, as seen from your desk.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port at your desk.", min=1024, max=65535)] = 8265,
+    config: OptionsFile = None,
+) -> None:
+    """Say how to reach the Ray dashboard of a running job from your desk, and whether it answers.
+
+    It listens on the loopback network of the job's first node, and asks for the job's token.
+    """
+    found = [path for each in _folders(result) if (path := each / "dashboard.json").exists()]
+    if not found:
+        raise UserError(f"no job of {result} has a Ray now", remedy="see xtal jobs RUN")
+    seen = json.loads(found[-1].read_text(encoding="utf-8"))
+    rows = [row for row in _rows(result) if row["job"] == seen["job"]] if login is None else []
+    login = login or next((row["site"].get("login") for row in rows), None) or "LOGIN"
+    tunnel = ["ssh", "-N", "-J", login, "-L", f"{port}:127.0.0.1:{seen['port']}", seen["node"]]
+    step = ["srun", f"--jobid={seen['job']}", "--overlap", "--quiet", "--nodes=1", "--ntasks=1"]
+    step += [f"--nodelist={seen['node']}"]
+    check = [sys.executable, "-m", "cluster.ray_node", "--answers", str(seen["port"])]
+    answer = ask([*step, *check, "--token", seen["token"]]).strip()
+    out.print(f"the dashboard on {seen['node']} answers: {answer}", highlight=False)
+    out.print("at your desk:", highlight=False)
+    out.print(f"  {shlex.join(tunnel)}", soft_wrap=True, highlight=False)
+    out.print(f"  then open http://localhost:{port}; it asks for the token, which", soft_wrap=True)
+    out.print(f"  {shlex.join([*step, 'cat', seen['token']])}", soft_wrap=True, highlight=False)
+    out.print("  prints here", highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the command line."""
+    app.add_typer(submitting, name="submit")
+    app.command()(jobs)
+    app.command("cancel")(cancel_jobs)
+    app.command()(dashboard)
+
+
+def _folders(result: Path) -> list[Path]:
+    """Folders of jobs of a result and of those within it."""
+    own = jobs_folder(result)
+    return [each for each in (own, *sorted(result.glob("*.jobs"))) if each.is_dir()]
+
+
+def _rows(result: Path) -> list[dict[str, Any]]:
+    """Jobs that were submitted for a result and those within it, oldest first."""
+    found = [row for each in _folders(result) for row in recorded(each)]
+    if not found:
+        recorded(jobs_folder(result))  # says what is missing
+    return sorted(found, key=lambda row: int(row["job"]))
+
+
+def _as_dict(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    names = ("state", "elapsed", "nodes", "reason", "exit_code", "restarts")
+    return {"verb": row["verb"], "log": row["log"], "job": row["job"]} | {
+        name: getattr(job, name) for name in names
+    }

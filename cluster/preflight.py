@@ -1,0 +1,138 @@
+"""Looks before a job is submitted, on the login node: what would fail later, with its remedy."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.attempt import trouble
+from cluster.errors import RunFailed, UserError
+from cluster.site import Site
+from cluster.slurm import partition_limits, seconds_of
+
+# Folders of these kinds are seen by one machine alone.
+_LOCAL = {"tmpfs", "ramfs", "devtmpfs", "overlay"}
+_PROBE_SECONDS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found; `remedy` is empty if all is well."""
+
+    what: str
+    said: str
+    remedy: str = ""
+    fatal: bool = False  # the job would fail for certain
+
+
+def preflight(site: Site, jobs: Path, nodes: int, time: str) -> Iterator[Finding]:
+    """Check the folder, the file system, the limits of the partition and the Python of the jobs."""
+    if (found := trouble(jobs)) is not None:
+        yield Finding("folder", found, "give a folder that you may write to, or make room", True)
+        return
+    yield _file_system(jobs)
+    yield _locks(jobs)
+    yield from _limits(site, nodes, time)
+    yield _python()
+
+
+def probe_node(site: Site, jobs: Path, setup: dict[str, str]) -> Finding:
+    """Start one task on a compute node: are the folder and this Python there, does MPI start?
+
+    It waits for a node at most two minutes.
+    """
+    script = (
+        'if [ -n "${XTAL_SETUP:-}" ]; then . "$XTAL_SETUP"; fi; test -d "$0" || exit 3; '
+        "python -c 'import cluster.mpi, mpi4py.MPI' || exit 4; xtal --help >/dev/null || exit 4"
+    )
+    words = ["srun", "--nodes=1", "--ntasks=1", "--time=5", "--quiet", f"--mpi={site.mpi}"]
+    words += [f"--{k}={v}" for k in ("account", "partition", "qos") if (v := getattr(site, k))]
+    words += [f"--constraint={site.constraint}"] if site.constraint else []
+    environment = os.environ | site.environment() | setup
+    try:
+        done = subprocess.run(
+            [*words, "bash", "-c", script, str(jobs)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding("compute node", f"none was free within {_PROBE_SECONDS} s", "submit anyway")
+    except FileNotFoundError:
+        return Finding("compute node", "there is no srun here", "run this on a login node", True)
+    remedies = {
+        3: ("does not see the folder", "give a folder on the shared file system"),
+        4: (
+            "cannot import this package or its MPI",
+            "put the virtual environment on the shared file system and activate it in setup; build "
+            "mpi4py for the site's MPI (pip install --no-binary=mpi4py mpi4py), or choose another "
+            'mpi = "pmix" or "pmi2" in the site file (srun --mpi=list)',
+        ),
+    }
+    if done.returncode == 0:
+        return Finding("compute node", "sees the folder, this package and MPI")
+    said, remedy = remedies.get(done.returncode, ("refuses", "see what srun says"))
+    return Finding("compute node", f"{said}: {done.stderr.strip()[-400:]}", remedy, True)
+
+
+def _file_system(jobs: Path) -> Finding:
+    kind = ""
+    longest = -1
+    target = str(jobs.resolve())
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, place, found = line.split(" ")[:3]
+        place = place.encode().decode("unicode_escape")
+        if (target + "/").startswith(place.rstrip("/") + "/") and len(place) > longest:
+            kind, longest = found, len(place)
+    local = kind in _LOCAL or jobs.resolve().is_relative_to(tempfile.gettempdir())
+    remedy = "compute nodes do not see it: give a folder on the shared file system" if local else ""
+    return Finding("file system", f"{jobs} is on {kind or 'an unknown one'}", remedy)
+
+
+def _locks(jobs: Path) -> Finding:
+    descriptor = os.open(jobs, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Finding("locks", "the file system has them")
+    except BlockingIOError:
+        return Finding("locks", "the file system has them, another job holds this one")
+    except OSError as error:
+        remedy = "two jobs in one folder are not kept apart: submit one at a time"
+        return Finding("locks", f"none: {error.strerror}", remedy)
+    finally:
+        os.close(descriptor)
+
+
+def _limits(site: Site, nodes: int, time: str) -> Iterator[Finding]:
+    name = site.partition or "the default partition"
+    try:
+        found = partition_limits(site.partition)
+    except (RunFailed, UserError) as error:
+        yield Finding("SLURM", error.problem, error.remedy, True)
+        return
+    if not found:
+        yield Finding("partition", f"there is no {name}", "see sinfo -s", True)
+        return
+    most = found.get("MaxTime", "UNLIMITED")
+    if seconds_of(time) > seconds_of(most):
+        yield Finding("time", f"--time {time} is over the {most} of {name}", "ask for less", True)
+    have, limit = int(found.get("TotalNodes", 0)), found.get("MaxNodes", "UNLIMITED")
+    least = min(have, int(limit)) if limit.isdigit() else have
+    if nodes > least:
+        yield Finding("nodes", f"{name} gives at most {least}", f"use --nodes {least}", True)
+    else:
+        yield Finding("partition", f"{name}: {have} nodes, at most {most}")
+
+
+def _python() -> Finding:
+    place = Path(sys.prefix)
+    if place.is_relative_to(tempfile.gettempdir()):
+        remedy = "compute nodes do not see it: make the virtual environment on the shared one"
+        return Finding("python", f"{place} is a temporary folder", remedy)
+    return Finding("python", str(place))

@@ -1,0 +1,229 @@
+"""Ray on all nodes of a SLURM job: `python -m cluster.ray_cluster SHARED -- COMMAND …`.
+
+The first node's Ray is the head, each other one joins it by its address, all by one srun a node;
+then COMMAND runs on the first node, and finds Ray by `cluster.ray_session.ray_for`. In a job of one
+node COMMAND runs as it is. When it ends, so does all of Ray.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from cluster.errors import RunFailed, UserError
+from cluster.files import write_text
+from cluster.ray_session import JOB, JobRay
+
+_JOINING = 180.0  # time for a node to join, s
+_ENDING = 15.0  # time for a node to end what it started, s
+# Ray sets the limits of a step by its own counts, and must not wait for another step to end.
+_SRUN = ("srun", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0", "--quiet")
+
+
+def hostnames() -> list[str]:
+    """Names of the job's nodes; the first is the one that the batch script runs on.
+
+    Raises:
+        UserError: outside of a job.
+    """
+    if not (nodes := os.environ.get("SLURM_JOB_NODELIST")):
+        raise UserError("this is no SLURM job", remedy="run it by sbatch, or without ray_cluster")
+    words = ["scontrol", "show", "hostnames", nodes]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+
+
+class _Node:
+    """Ray on one node, by an srun of its own, whose log is a file in the shared folder."""
+
+    def __init__(self, name: str, log: Path, token: str, arguments: Sequence[str]) -> None:
+        self.name, self._log = name, log
+        self.report: dict[str, Any] | None = None
+        self._said = b""
+        cpus = os.environ.get("SLURM_CPUS_ON_NODE", "1")
+        words = [*_SRUN, f"--nodelist={name}", f"--cpus-per-task={cpus}"]
+        words += [sys.executable, "-m", "cluster.ray_node", *arguments]
+        environment = {k: v for k, v in os.environ.items() if k != "SLURM_CPU_BIND"}
+        with log.open("ab") as stream:
+            self._process = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                env=environment,
+                start_new_session=True,  # its end is ordered below
+            )
+        assert self._process.stdin is not None
+        self._process.stdin.write(token.encode() + b"\n")
+        self._process.stdin.flush()
+
+    @property
+    def gone(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def output(self) -> IO[bytes]:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def read(self) -> None:
+        """Take what it has said; whole, that is its report."""
+        self._said += os.read(self.output.fileno(), 65536)
+        if self._said.endswith(b"\n"):
+            self.report = json.loads(self._said)
+
+    def complaint(self, what: str) -> str:
+        """A sentence with the end of its log."""
+        try:
+            lines = self._log.read_text(errors="replace").strip().splitlines()[-8:]
+        except OSError as error:
+            lines = [str(error)]
+        return "\n  ".join([f"node {self.name} {what}; {self._log} ends:", *(lines or ["(empty)"])])
+
+    def close(self) -> None:
+        """Let it end what it started: the end of its input tells it to."""
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it is gone already
+            self._process.stdin.close()
+
+    def wait(self, until: float) -> None:
+        try:
+            self._process.wait(max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._process.terminate()  # srun then ends the step
+            self._process.wait()
+
+
+def _joined(nodes: list[_Node], until: float) -> None:
+    """Wait until all have reported, one is gone, or the time is over."""
+    while time.monotonic() < until:
+        waiting = [node for node in nodes if node.report is None and not node.gone]
+        if not waiting:
+            return
+        ready, _, _ = select.select([node.output for node in waiting], [], [], 0.5)
+        for node in waiting:
+            if node.output in ready:
+                node.read()
+
+
+def run(shared: Path, command: Sequence[str]) -> int:
+    """Start Ray on all nodes of the job, run the command, end Ray; returns its exit code.
+
+    Args:
+        shared: a folder that all nodes see, for their logs and what the command's workers share.
+
+    Raises:
+        RunFailed: Ray's head does not start, or is gone before the command ends.
+    """
+    names = hostnames()
+    if len(names) == 1:
+        return _attend(subprocess.Popen(command), [], [])
+    job = os.environ["SLURM_JOB_ID"]
+    common = shared / f"ray-{job}"
+    shutil.rmtree(common, ignore_errors=True)  # of an attempt that was killed
+    common.mkdir(parents=True, mode=0o700)
+    token = secrets.token_hex(32)
+
+    def node(name: str, *arguments: str) -> _Node:
+        return _Node(name, shared / f"ray-{job}-{name}.log", token, arguments)
+
+    nodes: list[_Node] = []
+    try:
+        nodes.append(head := node(names[0], f"--peer={names[1]}"))
+        until = time.monotonic() + _JOINING
+        _joined(nodes, until)
+        if head.report is None:
+            raise RunFailed(head.complaint("did not start Ray"), remedy="mend what the log says")
+        address = str(head.report["address"])
+        peer = address.rpartition(":")[0]
+        nodes += [node(name, f"--peer={peer}", f"--head={address}") for name in names[1:]]
+        _joined(nodes, until)
+        have = [each.report for each in nodes if each.report is not None]
+        for each in nodes:
+            if each.report is None:
+                _say(each.complaint(f"did not join within {_JOINING:.0f} s"))
+        private = Path(head.report["folder"])
+        found = JobRay(
+            address,
+            str(private / "token"),
+            len(have),
+            sum(report["cores"] for report in have),
+            sum(report["cards"] for report in have),
+            str(common.resolve()),
+        )
+        write_text(private / "job.json", json.dumps(asdict(found)))
+        seen = {"job": job, "node": names[0], "port": head.report["dashboard"]}
+        seen["token"] = found.token  # where it lies, not what it is
+        write_text(shared / "dashboard.json", json.dumps(seen))
+        store = min(report["store"] for report in have) >> 20
+        _say(
+            f"Ray on {found.nodes} of {len(names)} nodes: {found.cores} cores, {found.cards} GPUs, "
+            f"object store {store} MiB a node"
+        )
+        child = subprocess.Popen(command, env=os.environ | {JOB: str(private / "job.json")})
+        return _attend(child, nodes[:1], nodes[1:])
+    finally:
+        for each in nodes[1:] + nodes[:1]:
+            each.close()
+        until = time.monotonic() + _ENDING
+        for each in nodes:
+            each.wait(until)
+        (shared / "dashboard.json").unlink(missing_ok=True)
+        shutil.rmtree(common, ignore_errors=True)
+
+
+def _attend(child: subprocess.Popen[bytes], heads: list[_Node], workers: list[_Node]) -> int:
+    """Wait for the command; pass signals on to it, and say which nodes are lost meanwhile."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        lost: set[str] = {each.name for each in workers if each.gone}
+        while child.poll() is None:
+            time.sleep(0.2)
+            for each in workers:
+                if each.gone and each.name not in lost:
+                    lost.add(each.name)
+                    _say(each.complaint("is lost, the work goes on without it"))
+            if any(each.gone for each in heads):
+                child.kill()
+                child.wait()
+                raise RunFailed(heads[0].complaint("lost Ray's head"), remedy="requeue the job")
+        return child.returncode
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(f"xtal: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Exit code of the command; 128 + signal if one ended it."""
+    parser = argparse.ArgumentParser(description="Run a command with Ray on all nodes of the job.")
+    parser.add_argument("shared", type=Path, help="a folder that all nodes see")
+    parser.add_argument("command", nargs="+", help="after --")
+    given = parser.parse_args()
+    try:
+        code = run(given.shared, given.command)
+    except (RunFailed, UserError) as error:
+        sys.exit(f"xtal: {error}")
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()

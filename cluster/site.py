@@ -1,0 +1,133 @@
+"""What a cluster is like: the site file, and the options that it gives to sbatch."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from cluster.config import Config, build_config, read_toml
+from cluster.errors import UserError
+
+VERBS = ("featurize", "train", "ablate")
+_TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
+
+
+class Site(Config):
+    """A site file; a table [featurize], [train] or [ablate] in it changes keys for that verb."""
+
+    account: str | None = None
+    """Who pays."""
+    partition: str | None = None
+    """Queue; None takes the site's own."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Kind of node, such as gpu or cpu."""
+    reservation: str | None = None
+    """Nodes that are set aside for you."""
+    cores_per_node: int = Field(default=1, ge=1)
+    """Cores a node: as many MPI ranks of featurization, as many CPUs for Ray."""
+    gpus_per_node: int = Field(default=0, ge=0)
+    """GPUs a node."""
+    gres: str | None = None
+    """GPUs in the older spelling, such as gpu:a100:4, instead of --gpus-per-node."""
+    memory_per_node: str | None = Field(default=None, pattern=r"^\d+[KMGT]?$")
+    """Memory a node, such as 240G; 0 is all of it."""
+    mpi: Literal["pmi2", "pmix", "cray_shasta", "none"] = "pmi2"
+    """srun --mpi: what mpi4py's MPI speaks; the MPI of pip install mpich speaks pmi2."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the work: module load, source …/bin/activate."""
+    options: tuple[str, ...] = ()
+    """Further options of sbatch, a word each, such as --exclusive."""
+    warning_seconds: int = Field(default=120, ge=10, le=3600)
+    """As long before the time limit the work is asked to stop."""
+    interface: str | None = None
+    """Network interface for Ray and torch, such as hsn0; None: the one that leads to the head."""
+    login: str | None = None
+    """user@host of the login node as seen from your desk, for ssh tunnels."""
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if not option.startswith("-"):
+                raise ValueError(
+                    f"{option!r} does not begin with -; write --name=value as one word"
+                )
+        return options
+
+    @field_validator("setup")
+    @classmethod
+    def _setup(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
+        if any("\n" in line or "\0" in line for line in lines):
+            raise ValueError("give each line of the setup as a string of its own")
+        return lines
+
+    def sbatch_options(self, verb: str) -> list[str]:
+        """Words for sbatch. Each value is part of one word, which no shell reads."""
+        words = []
+        for name in ("account", "partition", "qos", "constraint", "reservation"):
+            if (value := getattr(self, name)) is not None:
+                words.append(f"--{name}={value}")
+        if verb == "featurize":
+            words += [f"--ntasks-per-node={self.cores_per_node}", "--cpus-per-task=1"]
+        else:
+            words += ["--ntasks-per-node=1", f"--cpus-per-task={self.cores_per_node}"]
+            if self.gres is not None:
+                words.append(f"--gres={self.gres}")
+            elif self.gpus_per_node:
+                words.append(f"--gpus-per-node={self.gpus_per_node}")
+        if self.memory_per_node is not None:
+            words.append(f"--mem={self.memory_per_node}")
+        return [*words, f"--signal=B:USR1@{self.warning_seconds}", *self.options]
+
+    def environment(self) -> dict[str, str]:
+        """Variables that the templates read."""
+        found = {"XTAL_MPI": self.mpi}
+        return found | ({"XTAL_RAY_INTERFACE": self.interface} if self.interface else {})
+
+
+def read_site(path: Path) -> dict[str, Site]:
+    """The site as each verb finds it.
+
+    Raises:
+        UserError: naming each wrong key or value.
+    """
+    values = read_toml(path)
+    own = {verb: values.pop(verb, {}) for verb in VERBS}
+    for verb, table in own.items():
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: {verb} = {table!r}", remedy=f"write a table: [{verb}]")
+    build_config(Site, values, where=str(path))
+    return {
+        verb: build_config(Site, values | table, where=f"{path} [{verb}]")
+        for verb, table in own.items()
+    }
+
+
+def check_time(time: str) -> str:
+    """A time limit as SLURM reads it: minutes, HH:MM:SS or D-HH:MM:SS.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not _TIME.fullmatch(time):
+        raise UserError(f"--time {time}", remedy="give minutes, HH:MM:SS or D-HH:MM:SS")
+    return time
+
+
+def write_setup(site: Site, folder: Path) -> dict[str, str]:
+    """Write the site's setup lines where jobs source them; the variable that names the file."""
+    if not site.setup:
+        return {}
+    from cluster.files import write_text
+
+    path = folder / "setup.sh"
+    write_text(path, "\n".join([*site.setup, ""]))
+    return {"XTAL_SETUP": str(path)}
+
+
+def describe(site: Site) -> dict[str, Any]:
+    """For the record of a job: what of the site decided it."""
+    return site.model_dump(exclude_defaults=True)

@@ -1,0 +1,173 @@
+"""What SLURM knows of jobs: squeue, scontrol and, where there is accounting, sacct."""
+
+import json
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import RunFailed, UserError
+from cluster.files import append_line, whole_lines
+
+RECORD = "jobs.jsonl"
+_SECONDS = 60  # a controller under load answers slowly
+_FIELDS = ("JobID", "State", "Elapsed", "NodeList", "Reason")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as SLURM sees it."""
+
+    id: str
+    state: str  # as SLURM spells it; UNKNOWN once nothing remembers it
+    elapsed: str = ""
+    nodes: str = ""
+    reason: str = ""
+    exit_code: str = ""
+    restarts: str = ""
+
+    @property
+    def over(self) -> bool:
+        return self.state not in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+
+
+def ask(words: Sequence[str]) -> str:
+    """What a SLURM command prints.
+
+    Raises:
+        UserError: there is no SLURM here.
+        RunFailed: the command fails.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_SECONDS)
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no {words[0]} here", remedy="run this on a login node of a SLURM cluster"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"{words[0]} does not answer", remedy="try again later") from None
+    if done.returncode:
+        raise RunFailed(f"{words[0]}: {done.stderr.strip()}", remedy="see what SLURM says")
+    return done.stdout
+
+
+def look(id: str) -> Job:
+    """A job's state, from whoever still remembers it: the controller, then the accounting."""
+    try:
+        return parse_show_job(ask(["scontrol", "show", "job", id, "--oneliner"]))
+    except RunFailed:
+        pass  # forgotten after MinJobAge
+    try:
+        words = ["sacct", "-n", "-P", "-X", "-j", id, f"--format={','.join(_FIELDS)}"]
+        lines = ask(words).splitlines()
+    except (RunFailed, UserError):
+        lines = []  # no accounting
+    for line in lines:
+        found = line.split("|")
+        if len(found) == len(_FIELDS) and found[0] == id:
+            return Job(id, found[1].split()[0], found[2], found[3], found[4])
+    return Job(id, "UNKNOWN")
+
+
+def parse_show_job(text: str) -> Job:
+    """The first job of `scontrol show job --oneliner`; of an array, the sum of its elements."""
+    # A path in it may have line breaks.
+    parts = re.split(r"^(?=JobId=\d)", text, flags=re.MULTILINE)[1:]
+    rows = [_pairs(part.partition(" Command=")[0]) for part in parts]
+    if not rows:
+        raise RunFailed("scontrol says nothing", remedy="give the number of a job")
+    first = rows[0]
+    states = [row["JobState"] for row in rows]
+    state = states[0]
+    if len(rows) > 1:
+        alive = [each for each in states if not Job("", each).over]
+        bad = [each for each in states if each != "COMPLETED"]
+        state = (alive or bad or states)[0]
+    reason = first.get("Reason", "")
+    return Job(
+        first.get("ArrayJobId", first["JobId"]),
+        state,
+        first.get("RunTime", ""),
+        first.get("NodeList", "").replace("(null)", ""),
+        "" if reason == "None" else reason,
+        first.get("ExitCode", ""),
+        first.get("Restarts", ""),
+    )
+
+
+def _pairs(line: str) -> dict[str, str]:
+    return {str(name): str(value) for name, value in re.findall(r"(\w+)=(\S*)", line)}
+
+
+def cancel(ids: Sequence[str]) -> None:
+    """End jobs; those that have ended are left alone."""
+    if ids:
+        ask(["scancel", *ids])
+
+
+def submit(words: Sequence[str], environment: dict[str, str]) -> str:
+    """Run sbatch; the job's number.
+
+    Raises:
+        UserError: SLURM refuses it.
+    """
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, env=environment, timeout=_SECONDS
+        )
+    except FileNotFoundError:
+        raise UserError(
+            "there is no sbatch here", remedy="run this on a login node of a SLURM cluster"
+        ) from None
+    if done.returncode:
+        said = done.stderr.strip().removeprefix("sbatch: error: ")
+        raise UserError(f"SLURM refuses the job: {said}", remedy="change the site file or the call")
+    return done.stdout.strip().partition(";")[0]
+
+
+def partition_limits(name: str | None) -> dict[str, str]:
+    """Limits of a partition, of the default one if `name` is None; empty if SLURM has none."""
+    for line in ask(["scontrol", "show", "partition", "--oneliner"]).splitlines():
+        found = _pairs(line)
+        if found.get("PartitionName") == name or (name is None and found.get("Default") == "YES"):
+            return found
+    return {}
+
+
+def seconds_of(time: str) -> float:
+    """Seconds of a time limit as SLURM writes it: MM, MM:SS, HH:MM:SS, D-HH:MM:SS, UNLIMITED."""
+    if time in ("UNLIMITED", "INFINITE"):
+        return float("inf")
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        parts += [0] * (3 - len(parts))  # D-HH
+    elif len(parts) == 1:
+        parts = [0, *parts, 0]  # minutes
+    elif len(parts) == 2:
+        parts = [0, *parts]
+    hours, minutes, seconds = parts
+    return int(days or 0) * 86400.0 + hours * 3600 + minutes * 60 + seconds
+
+
+def record(jobs: Path, row: dict[str, Any]) -> None:
+    """Note a submitted job in a folder of jobs."""
+    jobs.mkdir(parents=True, exist_ok=True)
+    append_line(jobs / RECORD, json.dumps(row))
+
+
+def recorded(jobs: Path) -> list[dict[str, Any]]:
+    """The jobs that were submitted, oldest first.
+
+    Raises:
+        UserError: none was.
+    """
+    path = jobs / RECORD
+    if not path.exists():
+        raise UserError(
+            f"no job was submitted for {str(jobs).removesuffix('.jobs')}",
+            remedy="give the result that xtal submit names, such as its OUT or RUN",
+        )
+    return [json.loads(line) for line in whole_lines(path)]

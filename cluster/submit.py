@@ -1,0 +1,180 @@
+"""Jobs of a result: what will be submitted, exactly, and its submission.
+
+Where srun, MPI or Ray own the allocation a template of `slurm/` is the job. Trainings that differ
+in their seed alone are an array of Python callables, by submitit, which this file alone imports.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster.attempt import jobs_folder
+from cluster.errors import RunFailed, UserError
+from cluster.provenance import provenance
+from cluster.site import Site, check_time, describe, write_setup
+from cluster.slurm import record, seconds_of, submit
+
+TEMPLATES = Path(__file__).resolve().parent.parent / "slurm"
+_TIMEOUTS = 20  # as often submitit takes an element of an array up again after its time limit
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One job: words for sbatch, of which no shell reads any."""
+
+    verb: str
+    result: Path
+    words: tuple[str, ...]  # of the verb
+    site: Site
+    nodes: int
+    time: str
+    after: str | None = None
+    stamp: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f"))
+
+    @property
+    def jobs(self) -> Path:
+        return jobs_folder(self.result)
+
+    @property
+    def log(self) -> Path:
+        return self.jobs / f"{self.verb}-{self.stamp}.log"
+
+    def sbatch(self) -> list[str]:
+        """The command, word by word."""
+        found = ["sbatch", "--parsable", f"--nodes={self.nodes}", f"--time={check_time(self.time)}"]
+        found += [*self.site.sbatch_options(self.verb), f"--output={_literally(self.log)}"]
+        if self.after is not None:
+            # A job whose condition can never be met would wait for ever.
+            found += [f"--dependency=afterok:{self.after}", "--kill-on-invalid-dep=yes"]
+        return [*found, str(TEMPLATES / f"{self.verb}.sbatch"), *self.words]
+
+    def shown(self) -> str:
+        """The command and what it finds in its environment, as a shell would take them."""
+        names = [f"{k}={shlex.quote(v)}" for k, v in self.site.environment().items()]
+        lines = [" ".join([*names, shlex.join(self.sbatch())])]
+        if self.site.setup:
+            lines += ["before the work, from the site file:", *(f"  {s}" for s in self.site.setup)]
+        return "\n".join(lines)
+
+    def submit(self) -> str:
+        """Submit it and note it in the folder of jobs; the job's number.
+
+        Raises:
+            UserError: SLURM refuses it.
+        """
+        self.jobs.mkdir(parents=True, exist_ok=True)
+        more = self.site.environment() | write_setup(self.site, self.jobs)
+        job = submit(self.sbatch(), clean_environment() | more)
+        self._record(job, self.log)
+        return job
+
+    def submit_array(self, elements: int) -> str:
+        """Submit trainings with the seeds 0 … `elements` − 1 as an array; its number.
+
+        Raises:
+            UserError: SLURM refuses it.
+        """
+        import submitit
+
+        self.jobs.mkdir(parents=True, exist_ok=True)
+        self.jobs.chmod(0o700)  # submitit keeps the callables in it
+        executor = submitit.SlurmExecutor(folder=self.jobs / "%j", max_num_timeout=_TIMEOUTS)
+        options = dict(_split(word) for word in self.site.sbatch_options("train"))
+        options.pop("signal")  # submitit sets its own
+        options |= {"dependency": f"afterok:{self.after}"} if self.after else {}
+        executor.update_parameters(
+            job_name="xtal-train",
+            nodes=self.nodes,
+            time=max(1, round(seconds_of(check_time(self.time)) / 60)),
+            ntasks_per_node=int(options.pop("ntasks_per_node")),
+            cpus_per_task=int(options.pop("cpus_per_task")),
+            array_parallelism=elements,
+            setup=list(self.site.setup),
+            additional_parameters=options,
+        )
+        dataset, run, *rest = self.words
+        chunks = []
+        for seed in range(elements):
+            own = (dataset, f"{run}/seed-{seed}", *rest, "--seed", str(seed), "--resume")
+            chunks.append(Element(("train", *own)))
+        try:
+            jobs = executor.map_array(run_element, chunks)
+        except submitit.core.utils.FailedJobError as error:
+            raise UserError(
+                f"SLURM refuses the job: {error}", remedy="change the site file or the call"
+            ) from None
+        job = jobs[0].job_id.partition("_")[0]
+        self._record(job, self.jobs / f"{job}_0" / f"{job}_0_0_log.out")
+        return str(job)
+
+    def _record(self, job: str, log: Path) -> None:
+        row: dict[str, Any] = {
+            "job": job,
+            "verb": self.verb,
+            "result": str(self.result),
+            "words": list(self.words),
+            "nodes": self.nodes,
+            "time": self.time,
+            "after": self.after,
+            "log": str(log),
+            "site": describe(self.site),
+            "provenance": provenance(),
+        }
+        record(self.jobs, row)
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """Words of `xtal` that one element of an array runs."""
+
+    words: tuple[str, ...]
+
+
+class _Run:
+    """What submitit calls, and asks for what to do after a time limit or a preemption."""
+
+    def __call__(self, element: Element) -> int:
+        code = subprocess.run(
+            [sys.executable, "-m", "xtal", *element.words], check=False
+        ).returncode
+        if code:
+            raise RunFailed(
+                f"xtal {shlex.join(element.words)} ended with {code}", remedy="see above"
+            )
+        return code
+
+    def checkpoint(self, element: Element) -> Any:
+        """The same again: it goes on from what is on disk."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self, element)
+
+
+run_element = _Run()
+
+
+def clean_environment() -> dict[str, str]:
+    """This environment without what a surrounding job would tell the new one."""
+    return {k: v for k, v in os.environ.items() if not re.match(r"S(LURM|BATCH)_(?!CONF)", k)}
+
+
+def resolved(word: str) -> str:
+    """A path that exists as an absolute one; anything else as it is."""
+    return str(Path(word).resolve()) if word and Path(word).exists() else word
+
+
+def _literally(path: Path) -> str:
+    # To SLURM, %j is a job's number and %% a percent sign, unless there is a backslash in the name.
+    text = str(path)
+    return text if "\\" in text else text.replace("%", "%%")
+
+
+def _split(word: str) -> tuple[str, Any]:
+    name, given, value = word.removeprefix("--").partition("=")
+    return name.replace("-", "_"), value if given else True

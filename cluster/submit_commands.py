@@ -1,0 +1,221 @@
+"""`xtal submit`: verbs of the command line as jobs of SLURM."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.attempt import jobs_folder
+from cluster.errors import RunFailed, UserError
+from cluster.files import write_text
+from cluster.preflight import preflight, probe_node
+from cluster.site import Site, check_time, read_site, write_setup
+from cluster.submit import Plan, resolved
+from cluster.terminal import complain, options_from, out
+
+submitting = typer.Typer(
+    help="Submit a verb to SLURM. What follows the two arguments goes to the verb as it is.",
+    no_args_is_help=True,
+)
+_UsageError: Any = typer.BadParameter.__base__  # typer does not name it
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+SiteFile = Annotated[Path, typer.Option("--site", help="Site file; see slurm/site.toml.example.")]
+Nodes = Annotated[int, typer.Option(help="Nodes.", min=1)]
+Time = Annotated[str, typer.Option(help="Time limit: minutes, HH:MM:SS or D-HH:MM:SS.")]
+After = Annotated[str | None, typer.Option(help="Start after this job, if it succeeds.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check, print what would be submitted, and stop.")
+]
+Probe = Annotated[
+    bool, typer.Option("--probe", help="Try the site's Python and MPI on a compute node first.")
+]
+OptionsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", callback=options_from, is_eager=True, help="TOML file with these options."
+    ),
+]
+
+
+@submitting.command("featurize", context_settings=_PASS_ON)
+def submit_featurize(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="As for xtal featurize.")],
+    dataset: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the dataset.")],
+    site: SiteFile,
+    nodes: Nodes = 1,
+    time: Time = "60",
+    after: After = None,
+    dry_run: DryRun = False,
+    probe: Probe = False,
+) -> None:
+    """Featurize on all cores of the nodes, under srun and MPI."""
+    words = [resolved(source), str(dataset.absolute()), *context.args]
+    _submit(context, "featurize", dataset, words, site, nodes, time, after, dry_run, probe)
+
+
+@submitting.command("train", context_settings=_PASS_ON)
+def submit_train(
+    context: typer.Context,
+    dataset: Annotated[Path, typer.Argument(metavar="OUT", help="A dataset folder.")],
+    run: Annotated[Path, typer.Argument(help="Folder for the training run.")],
+    site: SiteFile,
+    nodes: Nodes = 1,
+    time: Time = "60",
+    after: After = None,
+    dry_run: DryRun = False,
+    probe: Probe = False,
+    array: Annotated[
+        int | None, typer.Option(help="Train this often instead, into RUN/seed-0, -1, …", min=1)
+    ] = None,
+) -> None:
+    """Train on the nodes; on several, --workers of the training are spread over them."""
+    words = [str(dataset.absolute()), str(run.absolute()), *context.args]
+    _submit(context, "train", run, words, site, nodes, time, after, dry_run, probe, array)
+
+
+@submitting.command("ablate", context_settings=_PASS_ON)
+def submit_ablate(
+    context: typer.Context,
+    grid: Annotated[Path, typer.Argument(metavar="GRID.toml", help="Which arms and seeds.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
+    site: SiteFile,
+    nodes: Nodes = 1,
+    time: Time = "60",
+    after: After = None,
+    dry_run: DryRun = False,
+    probe: Probe = False,
+) -> None:
+    """Run a grid on all cores of the nodes, by Ray."""
+    if not grid.is_file():
+        raise UserError(f"{grid}: no such file", remedy="give the path of a grid file")
+    words = [str(grid.absolute()), str(folder.absolute()), *context.args]
+    _submit(context, "ablate", folder, words, site, nodes, time, after, dry_run, probe)
+
+
+@submitting.command("all")
+def submit_all(
+    source: Annotated[str, typer.Argument(help="As for xtal featurize.")],
+    run: Annotated[Path, typer.Argument(help="Folder for dataset/, train/ and ablation/.")],
+    site: SiteFile,
+    nodes: Nodes = 1,
+    time: Time = "60",
+    after: After = None,
+    dry_run: DryRun = False,
+    task: Annotated[str, typer.Option(help="The question.")] = "bulk_modulus",
+    grid: Annotated[Path | None, typer.Option(help="Grid file; default: all arms.")] = None,
+    features: Annotated[Path | None, typer.Option(help="Configuration of featurize.")] = None,
+    training: Annotated[Path | None, typer.Option(help="Configuration of train.")] = None,
+    config: OptionsFile = None,
+) -> None:
+    """Featurize, then train, then ablate: each starts when the one before has succeeded.
+
+    If one fails, those after it are cancelled; mend the reason and give the same command again.
+    """
+    sites = read_site(site)
+    run = run.absolute()
+    parts = [run / name for name in ("dataset", "train", "ablation")]
+    dataset = str(parts[0])
+    plan = run / "grid.toml" if grid is None else grid.absolute()
+    calls = {
+        "featurize": [resolved(source), dataset, *_config(features)],
+        "train": [dataset, str(parts[1]), "--task", task, *_config(training)],
+        "ablate": [str(plan), str(parts[2]), "--dataset", dataset],
+    }
+    if not _check(sites["featurize"], parts[0], nodes, time):
+        raise typer.Exit(1)
+    if grid is None and not dry_run:
+        write_text(plan, f'dataset = "dataset"\n\n[training]\ntask = {json.dumps(task)}\n')
+    for result, (verb, words) in zip(parts, calls.items(), strict=True):
+        found = Plan(verb, result, tuple(words), sites[verb], nodes, time, after)
+        out.print(found.shown(), soft_wrap=True, highlight=False)
+        if dry_run:
+            after = f"JOB-OF-{verb}"
+            continue
+        after = found.submit()
+        out.print(f"{verb}: job {after}", highlight=False)
+    out.print(f"xtal jobs {shlex.quote(str(run))} shows them", soft_wrap=True, highlight=False)
+
+
+def _submit(
+    context: typer.Context,
+    verb: str,
+    result: Path,
+    words: Sequence[str],
+    site_file: Path,
+    nodes: int,
+    time: str,
+    after: str | None,
+    dry_run: bool,
+    probe: bool,
+    array: int | None = None,
+) -> None:
+    own = read_site(site_file)[verb]
+    check_time(time)
+    result = result.absolute()
+    if after is not None and not after.replace("_", "").isdigit():
+        raise UserError(f"--after {after}", remedy="give the number of a job")
+    words = list(words)
+    if verb == "train" and nodes > 1 and "--workers" not in words:
+        words += ["--workers", str(nodes * max(1, own.gpus_per_node))]
+    _check_words(context, verb, words)
+    plan = Plan(verb, result, tuple(words), own, nodes, time, after)
+    if not _check(own, result, nodes, time, probe):
+        raise typer.Exit(1)
+    if array is None:
+        out.print(plan.shown(), soft_wrap=True, highlight=False)
+    else:
+        out.print(f"{array} elements by submitit, each: xtal train {shlex.join(words)} --seed …")
+    if dry_run:
+        if after is None and verb != "train":
+            _estimate(verb, words)
+        return
+    job = plan.submit() if array is None else plan.submit_array(array)
+    out.print(f"{verb}: job {job}; xtal jobs {shlex.quote(str(result))} shows it", soft_wrap=True)
+
+
+def _check(site: Site, result: Path, nodes: int, time: str, probe: bool = False) -> bool:
+    """Print what the preflight finds; False if the job would fail."""
+    folder = jobs_folder(result)
+    found = list(preflight(site, folder, nodes, time))
+    if probe and not any(each.fatal for each in found):
+        found.append(probe_node(site, folder, write_setup(site, folder)))
+    for each in found:
+        if each.remedy:
+            complain("error" if each.fatal else "warning", f"{each.what}: {each.said}")
+            out.print(f"  remedy: {each.remedy}", soft_wrap=True)
+    return not any(each.fatal for each in found)
+
+
+def _check_words(context: typer.Context, verb: str, words: Sequence[str]) -> None:
+    """Let the verb itself look at its words: a wrong one is found now, not in the queue.
+
+    Raises:
+        UserError: it would refuse them.
+    """
+    root: Any = context.find_root().command
+    command: Any = root.get_command(context, verb)
+    try:
+        command.make_context(verb, list(words))
+    except _UsageError as error:
+        remedy = f"see xtal {verb} --help; paths go first"
+        raise UserError(f"xtal {verb}: {error}", remedy=remedy) from None
+
+
+def _estimate(verb: str, words: Sequence[str]) -> None:
+    """What the verb itself expects, on one core."""
+    command = [sys.executable, "-m", "xtal", verb, *words, "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunFailed(f"xtal {verb} --dry-run: {done.stderr.strip()}", remedy="mend this first")
+    out.print(done.stdout, soft_wrap=True, highlight=False)
+
+
+def _config(path: Path | None) -> list[str]:
+    return [] if path is None else ["--config", str(path.absolute())]

@@ -1,0 +1,83 @@
+"""Featurization under srun and MPI on real nodes."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+from machines import ROOT, Machines
+from tiny import document, run, write_lines
+
+pytestmark = pytest.mark.slurm
+
+# Space, quotes, newline, a command, SLURM's own pattern, and what a URL would read.
+HOSTILE = "a b'c\"d\n$(touch owned);%j#?&"
+
+
+def content(folder: Path) -> tuple[int, str]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return manifest["structures"], manifest["content_hash"]
+
+
+def test_template_on_two_nodes_with_hostile_names(slurm: Machines, place: Path) -> None:
+    source = write_lines(
+        place / f"{HOSTILE}.jsonl", [document(f"m{i}", 4 + i / 90) for i in range(300)]
+    )
+    out = place / HOSTILE
+    words: list[str | Path] = [
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        f"--output={place}/log",
+        "--time=5",
+    ]
+    job = slurm.sbatch(
+        *words, ROOT / "slurm" / "featurize.sbatch", source, out, "--selection", "miller:2"
+    )
+    assert slurm.ended(job) == "COMPLETED", (place / "log").read_text()
+    run(source, place / "alone")
+    assert content(out) == content(place / "alone")
+    logs = sorted(path.name for path in (out / "logs").iterdir())
+    assert logs == [f"rank-{rank:05d}.log" for rank in range(4)]
+    nodes = {
+        line
+        for path in (out / "logs").iterdir()
+        for line in path.read_text().split()
+        if "node" in line
+    }
+    assert len(nodes) >= 0
+    assert not list(place.rglob("owned"))
+    assert not (slurm.shared / "owned").exists()
+
+
+def test_submit_records_shows_and_cancels(slurm: Machines, place: Path) -> None:
+    source = write_lines(
+        place / f"{HOSTILE}.jsonl", [document(f"m{i}", 4 + i / 90) for i in range(64)]
+    )
+    out = place / f"{HOSTILE} out"
+    site = place / "site.toml"
+    site.write_text('cores_per_node = 2\nsetup = ["export TELL=\'it is set\'", "echo $TELL"]\n')
+    words = ["xtal", "submit", "featurize", source, out, "--site", site, "--nodes", "2"]
+    words += ["--selection", "miller:2"]
+    dry = slurm.run(*words, "--dry-run").stdout
+    line = next(each for each in dry.split("XTAL_MPI=pmi2 ", 1)[1:])
+    assert shlex.split(line.partition("\nbefore the work")[0])[-4:] == [
+        str(source),
+        str(out),
+        "--selection",
+        "miller:2",
+    ]
+    assert not out.exists()
+    done = slurm.run(*words)
+    job = done.stdout.partition("featurize: job ")[2].partition(";")[0]
+    assert slurm.ended(job) == "COMPLETED", done.stdout
+    run(source, place / "alone")
+    assert content(out) == content(place / "alone")
+    (row,) = json.loads(slurm.run("xtal", "jobs", out, "--json").stdout)
+    assert (row["job"], row["state"], row["verb"]) == (job, "COMPLETED", "featurize")
+    assert "it is set" in Path(row["log"]).read_text()
+    assert "none, all have ended" in slurm.run("xtal", "cancel", out).stdout
+    assert not list(slurm.shared.rglob("owned"))
+    recorded = (out.with_name(out.name + ".jobs") / "jobs.jsonl").read_text()
+    assert "provenance" in recorded
+    assert os.environ["PATH"] not in recorded

@@ -1,0 +1,135 @@
+"""Ray over the nodes of a job: trainings, grids, neighbours, losses."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from machines import ROOT, Machines
+
+pytestmark = pytest.mark.slurm
+TEMPLATES = ROOT / "slurm"
+# Says where tasks run, what Ray has, and waits for a file to appear before it ends.
+PROBE = """
+import json, os, stat, sys, time
+from pathlib import Path
+from cluster.ray_session import cores, job_ray, ray_for
+
+job, out = job_ray(), Path(sys.argv[1])
+with ray_for(1) as folder:
+    import ray
+
+    @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+    def where():
+        time.sleep(0.5)
+        (folder / f"seen-{os.uname().nodename}").touch()
+        return os.uname().nodename
+
+    names = sorted(set(ray.get([where.remote() for _ in range(3 * cores())])))
+    seen = sorted(path.name for path in folder.iterdir())
+    told = {"names": names, "seen": seen, "cores": cores(), "nodes": job.nodes,
+            "resources": ray.cluster_resources(),
+            "folder": oct(stat.S_IMODE(folder.stat().st_mode)),
+            "token": oct(stat.S_IMODE(os.stat(job.token).st_mode)), "address": job.address}
+    out.with_suffix(".tmp").write_text(json.dumps(told))
+    out.with_suffix(".tmp").rename(out)
+    while len(sys.argv) > 2 and not Path(sys.argv[2]).exists():
+        time.sleep(0.2)
+"""
+
+
+def ray_job(slurm: Machines, place: Path, name: str, *words: str, nodes: int = 3) -> str:
+    """A job that runs `PROBE` with Ray on its nodes."""
+    (place / "probe.py").write_text(PROBE)
+    script = place / "ray.sbatch"
+    run = f'python "{place}/probe.py" "$@"'
+    script.write_text(f'#!/bin/bash\nexec python -m cluster.ray_cluster "$1.jobs" -- {run}\n')
+    options = [f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={place}/{name}.log"]
+    return slurm.sbatch("--no-kill", "--time=5", *options, script, place / name, *words)
+
+
+def told(slurm: Machines, place: Path, name: str, seconds: float = 120) -> dict[str, object]:
+    log = place / f"{name}.log"
+    try:
+        slurm.until((place / name).exists, f"{name} has said where it runs", seconds)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{log.read_text() if log.exists() else ''}") from None
+    found: dict[str, object] = json.loads((place / name).read_text())
+    return found
+
+
+def test_two_jobs_side_by_side_and_a_cancelled_one(slurm: Machines, place: Path) -> None:
+    """On the same three nodes, a core of each; one is cancelled, one ends by itself."""
+    first = ray_job(slurm, place, "a", str(place / "go"))
+    second = ray_job(slurm, place, "b", str(place / "go"))
+    a, b = (told(slurm, place, name) for name in "ab")
+    for each in (a, b):
+        assert each["names"] == slurm.nodes
+        assert each["seen"] == [f"seen-{node}" for node in slurm.nodes]
+        assert (each["cores"], each["nodes"]) == (3, 3)
+        assert each["resources"]["CPU"] == 3  # type: ignore[index]  # SLURM's, not the host's
+        assert (each["folder"], each["token"]) == ("0o700", "0o600")
+    assert a["address"] != b["address"]
+    token = slurm.on("node1", ["sh", "-c", "cat /tmp/xtal-ray-*/token"]).stdout
+    assert len(token) == 128  # one of each job
+    for path in place.rglob("*"):
+        if path.is_file():
+            assert not any(t in path.read_text(errors="replace") for t in (token[:64], token[64:]))
+    slurm.run("scancel", first)
+    assert slurm.ended(first) == "CANCELLED"
+    (place / "go").touch()
+    assert slurm.ended(second) == "COMPLETED", (place / "b.log").read_text()
+    assert not list((place / "b.jobs").glob("ray-*/"))  # of the one that ended in good order
+
+
+def test_a_node_that_does_not_join_is_named(slurm: Machines, place: Path) -> None:
+    slurm.on("node3", ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", "/dev/shm"])
+    try:
+        job = ray_job(slurm, place, "a")
+        assert told(slurm, place, "a")["nodes"] == 2
+        assert slurm.ended(job) == "COMPLETED"
+    finally:
+        slurm.on("node3", ["umount", "/dev/shm"])
+    assert "node node3 did not join" in (place / "a.log").read_text()
+
+
+def grid_file(place: Path, dataset: Path, seeds: int, epochs: int) -> Path:
+    path = place / "grid.toml"
+    arms = '"none", "intensity_binary", "directions_random"'
+    path.write_text(
+        f"dataset = {json.dumps(str(dataset))}\narms = [{arms}]\nseeds = {list(range(seeds))}\n"
+        f'[training]\ntask = "crystal_system"\nepochs = {epochs}\nwidth = 16\n'
+    )
+    return path
+
+
+def test_training_and_grid_over_nodes_one_of_which_is_lost(
+    slurm: Machines, place: Path, small: Path
+) -> None:
+    site = slurm.shared / "site.toml"
+    words = ["--task", "crystal_system", "--epochs", "2"]
+    submit = ["xtal", "submit", "train", small, place / "run", "--site", site, "--nodes", "2"]
+    done = slurm.run(*submit, *words)
+    train = done.stdout.partition("train: job ")[2].partition(";")[0]
+    grid = grid_file(place, small, seeds=4, epochs=2)
+    out = place / "ablation"
+    submit = ["xtal", "submit", "ablate", grid, out, "--site", site, "--nodes", "3"]
+    done = slurm.run(*submit, "--after", train)
+    job = done.stdout.partition("ablate: job ")[2].partition(";")[0]
+    assert slurm.job(job)["Dependency"].startswith(f"afterok:{train}")
+    assert slurm.ended(train, 180) == "COMPLETED", newest(place / "run.jobs")
+    metrics = json.loads((place / "run" / "metrics.json").read_text())
+    assert 0 <= metrics["metrics"]["auroc"]["value"] <= 1
+    slurm.until(lambda: len(list(out.rglob("predictions.parquet"))) > 1, "trials are done", 180)
+    slurm.kill("node3")
+    killed = time.monotonic()
+    assert slurm.ended(job, 240) == "COMPLETED", newest(place / "ablation.jobs")
+    print(f"ended {time.monotonic() - killed:.0f} s after the loss")
+    slurm.revive("node3")
+    assert len(list((out / "trials").rglob("predictions.parquet"))) == 12
+    assert (out / "report.html").exists()
+
+
+def newest(jobs: Path) -> str:
+    logs = sorted(jobs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    return "\n".join(f"{log.name}: {log.read_text()[-3000:]}" for log in logs)

@@ -1,0 +1,190 @@
+"""Attempts of a batch job, without SLURM: signals, full disks, no progress."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, process
+
+from cluster import attempt
+from cluster.attempt import Attempt, jobs_folder, mark, note_attempt, trouble
+from cluster.errors import RunFailed
+from cluster.files import append_line, whole_lines
+
+
+def tried(result: Path, script: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "-m", "cluster.attempt", result, "--", sys.executable, "-c", script]
+    return process(words, timeout=40, **variables)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 7])
+def test_exit_code_is_the_commands(tmp_path: Path, code: int) -> None:
+    assert tried(tmp_path / "out", f"raise SystemExit({code})").returncode == code
+
+
+def test_a_signal_death_is_told(tmp_path: Path) -> None:
+    script = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert tried(tmp_path / "out", script).returncode == 137
+
+
+def test_mark_sees_work_and_nothing_else(tmp_path: Path) -> None:
+    assert mark(tmp_path / "not there") == mark(tmp_path)
+    (tmp_path / "logs").mkdir()
+    empty = mark(tmp_path)
+    (tmp_path / "logs" / "rank-0.jsonl").write_text("busy")
+    (tmp_path / "owner").write_text("me")
+    assert mark(tmp_path) == empty
+    seen = {empty}
+    for name, text in (("a.h5", "x"), ("results.jsonl", "1"), ("results.jsonl", "12")):
+        (tmp_path / name).write_text(text)
+        seen.add(mark(tmp_path))
+    checkpoint = tmp_path / "fit" / "checkpoint.safetensors"
+    checkpoint.parent.mkdir()
+    for at in (1, 2):  # rewritten with the same size
+        checkpoint.write_text("weights")
+        os.utime(checkpoint, ns=(at, at))
+        seen.add(mark(tmp_path))
+    assert len(seen) == 6
+
+
+def test_two_attempts_without_progress_are_the_last(tmp_path: Path) -> None:
+    note_attempt(tmp_path, "5", "a")
+    note_attempt(tmp_path, "5", "a")
+    note_attempt(tmp_path, "6", "a")  # another job has its own chance
+    note_attempt(tmp_path, "5", "b")  # the second made some
+    note_attempt(tmp_path, "5", "b")
+    with pytest.raises(RunFailed, match=r"job 5 made no progress in its last two attempts"):
+        note_attempt(tmp_path, "5", "b")
+    with (tmp_path / attempt.ATTEMPTS).open("a") as stream:
+        stream.write("torn")
+    assert len(list(whole_lines(tmp_path / attempt.ATTEMPTS))) == 6
+
+
+def test_an_attempt_without_progress_ends_before_its_command(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    jobs_folder(out).mkdir()
+    for _ in range(2):
+        row = {"job": "7", "mark": mark(out)}
+        append_line(jobs_folder(out) / attempt.ATTEMPTS, json.dumps(row))
+    done = tried(out, "print('it ran')", SLURM_JOB_ID="7")
+    assert done.returncode == 1
+    assert "no progress" in done.stderr
+    assert "remedy" in done.stderr
+    assert "it ran" not in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signals_reach_the_command(tmp_path: Path, number: signal.Signals) -> None:
+    script = (
+        "import signal, sys, time\n"
+        "def stop(number, frame):\n    print('got', number, flush=True); sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, stop); signal.signal(signal.SIGTERM, stop)\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-m", "cluster.attempt", str(tmp_path / "out"), "--"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("SLURM_JOB_ID", None)
+    with subprocess.Popen(
+        [*words, sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        running.send_signal(number)
+        assert running.stdout.readline() == f"got {number.value}\n"
+        assert running.wait(20) == 75
+
+
+def test_trouble(tmp_path: Path) -> None:
+    assert trouble(tmp_path / "new" / "folder") is None
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    assert "cannot write" in str(trouble(tmp_path / "file"))
+
+
+def test_a_file_system_that_hangs_is_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: go.wait(20))
+    assert "does not answer" in str(trouble(tmp_path, patience=0.2))
+    go.set()
+
+
+class Disk:
+    """A small file system of its own, that can be filled and emptied."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        place.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+
+    def fill(self) -> None:
+        (self.place / "filling").write_bytes(b"\0" * (4 << 20))
+
+    def close(self) -> None:
+        subprocess.run(["umount", str(self.place)], check=True)
+
+
+def test_work_waits_for_a_full_disk_and_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    disk = Disk(tmp_path / "disk")
+    try:
+        runs, result = tmp_path / "runs", disk.place / "result"
+        # The first run fills the disk and fails for it, the second finds room.
+        script = (
+            f"from pathlib import Path; runs, result = Path({str(runs)!r}), Path({str(result)!r})\n"
+            "first = not runs.exists(); runs.open('a').write('x')\n"
+            "if first: result.with_name('filling').write_bytes(bytes(4 << 20))\n"
+            "result.write_bytes(bytes(3 << 20))"
+        )
+
+        def free() -> None:
+            while not result.exists():
+                time.sleep(0.05)
+            time.sleep(2)
+            disk.place.joinpath("filling").unlink()
+            result.unlink()
+
+        helper = threading.Thread(target=free)
+        helper.start()
+        assert Attempt([disk.place], [sys.executable, "-c", script]).run() == 0
+        helper.join()
+        assert runs.read_text() == "xx"
+        assert "No space left on device; waiting up to 600 s" in capfd.readouterr().err
+    finally:
+        disk.close()
+
+
+def test_work_stops_whole_if_the_disk_stays_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path / "disk")
+    monkeypatch.setattr(attempt, "WAIT", 2.0)
+    try:
+        disk.fill()
+        with pytest.raises(RunFailed, match="No space left on device, for 2 s now"):
+            Attempt([disk.place], [sys.executable, "-c", "raise SystemExit('it ran')"]).run()
+        assert [path.name for path in disk.place.iterdir()] == ["filling"]
+    finally:
+        disk.close()
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> "object":
+    """`Attempt.run` sets handlers for the life of its process."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)

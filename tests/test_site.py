@@ -1,0 +1,131 @@
+"""The site file, what sbatch is told, and what SLURM answers."""
+
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, command
+
+from cluster.errors import UserError
+from cluster.ray_node import resources
+from cluster.site import VERBS, check_time, read_site
+from cluster.slurm import parse_show_job, seconds_of
+from cluster.submit import Plan
+
+SITES = [ROOT / "slurm" / "site.toml.example", *sorted((ROOT / "slurm" / "profiles").glob("*"))]
+
+
+@pytest.mark.parametrize("path", SITES, ids=lambda path: path.name)
+def test_sites_that_we_ship_are_valid(path: Path) -> None:
+    sites = read_site(path)
+    assert set(sites) == set(VERBS)
+    assert sites["featurize"].cores_per_node > 1
+
+
+def test_a_table_changes_one_verb(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text('partition = "cpu"\ncores_per_node = 8\n[train]\ngpus_per_node = 2\n')
+    sites = read_site(path)
+    assert [sites[verb].gpus_per_node for verb in VERBS] == [0, 2, 0]
+    assert "--gpus-per-node=2" in sites["train"].sbatch_options("train")
+    assert "--ntasks-per-node=8" in sites["featurize"].sbatch_options("featurize")
+    assert "--cpus-per-task=8" in sites["ablate"].sbatch_options("ablate")
+    assert "--partition=cpu" in sites["ablate"].sbatch_options("ablate")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cores = 3", "cores: unknown key"),
+        ("[train]\ncores = 3", r"\[train\]: cores: unknown key"),
+        ("train = 3", "write a table"),
+        ("cores_per_node = 0", "cores_per_node = 0: must be ≥ 1"),
+        ('mpi = "magic"', "mpi = 'magic'"),
+        ('options = ["exclusive"]', "does not begin with -"),
+        ('setup = ["a\\nb"]', "a string of its own"),
+        ('memory_per_node = "many"', "memory_per_node"),
+    ],
+)
+def test_wrong_sites_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_site(path)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("5", 300),
+        ("5:30", 330),
+        ("2:00:00", 7200),
+        ("1-00:00:00", 86400),
+        ("1-12", 129600),
+        ("UNLIMITED", float("inf")),
+    ],
+)
+def test_times(time: str, seconds: float) -> None:
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize("time", ["", "an hour", "1h", "5:3", "; rm -rf /", "--x"])
+def test_wrong_times(time: str) -> None:
+    with pytest.raises(UserError, match="give minutes"):
+        check_time(time)
+
+
+def test_words_for_sbatch_are_data(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text('account = "a b; $(touch owned)"\n')
+    site = read_site(path)["featurize"]
+    out = tmp_path / "50% of\nit"
+    plan = Plan("featurize", out, ("s $(x)", str(out)), site, 2, "5", "17")
+    words = plan.sbatch()
+    assert "--account=a b; $(touch owned)" in words
+    assert words[-2:] == ["s $(x)", str(out)]
+    assert "--dependency=afterok:17" in words
+    assert "--kill-on-invalid-dep=yes" in words
+    assert any(f"--output={tmp_path}/50%% of\nit.jobs/featurize-" in word for word in words)
+    assert Path(words[-3]) == ROOT / "slurm" / "featurize.sbatch"
+
+
+def test_what_scontrol_says() -> None:
+    one = (
+        "JobId=7 JobName=x JobState=RUNNING Reason=None Restarts=1 RunTime=00:01:02 "
+        "NodeList=n[1-2] ExitCode=0:0 Command=/a/JobState=FAILED b\n\n"
+    )
+    job = parse_show_job(one)
+    assert (job.id, job.state, job.elapsed, job.nodes) == ("7", "RUNNING", "00:01:02", "n[1-2]")
+    assert (job.reason, job.restarts, job.over) == ("", "1", False)
+    array = "".join(
+        f"JobId={8 + at} ArrayJobId=8 ArrayTaskId={at} JobState={state} NodeList=(null)\n"
+        for at, state in enumerate(["COMPLETED", "RUNNING", "FAILED"])
+    )
+    assert (parse_show_job(array).id, parse_show_job(array).state) == ("8", "RUNNING")
+    assert parse_show_job(array.replace("RUNNING", "COMPLETED")).state == "FAILED"
+
+
+def test_resources_are_slurms_not_the_hosts() -> None:
+    told = {"SLURM_MEM_PER_NODE": "4000", "CUDA_VISIBLE_DEVICES": "0,2"}
+    found = resources(told)
+    assert (found["memory"], found["cards"]) == (4000 << 20, 2)
+    assert resources(told | {"SLURM_GPUS_ON_NODE": "1"})["cards"] == 1
+    per_cpu = resources({"SLURM_MEM_PER_CPU": "500"})
+    assert per_cpu["memory"] == (500 << 20) * per_cpu["cores"]
+    assert per_cpu["cards"] == 0
+
+
+def test_without_slurm_the_remedy_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    site = str(SITES[0])
+    words = ["submit", "featurize", "prototypes:9", tmp_path / "out", "--site", site]
+    assert command(monkeypatch, *words) == 1
+    assert "there is no scontrol here" in (said := capsys.readouterr()).err
+    assert "login node" in said.out
+    assert command(monkeypatch, *words, "--bogus") == 2
+    assert "No such option: --bogus" in capsys.readouterr().err
+    assert command(monkeypatch, "jobs", tmp_path / "out") == 2
+    assert "no job was submitted" in capsys.readouterr().err
