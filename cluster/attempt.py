@@ -12,7 +12,6 @@ Every command of `xtal` goes on from what is on disk, so that a job survives by 
 The attempts of a job are lines of `RESULT.jobs/attempts.jsonl`.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -146,7 +145,8 @@ class Attempt:
         end, pause, said = time.monotonic() + WAIT, 1.0, ""
         while (found := self._trouble()) and not self.received:
             if found != said:
-                _say(f"{said:= found}; waiting up to {WAIT:.0f} s")
+                said = found
+                _say(f"{found}; waiting up to {WAIT:.0f} s")
             if time.monotonic() + pause > end:
                 raise RunFailed(
                     f"{found}, for {WAIT:.0f} s now",
@@ -173,16 +173,15 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Exit code of the command; outside of a SLURM job nothing is requeued."""
-    parser = argparse.ArgumentParser(description="Run one attempt of a batch job.")
-    parser.add_argument("result", type=Path, help="what the command makes")
-    parser.add_argument("command", nargs="+", help="after --")
-    given = parser.parse_args()
-    jobs, job = jobs_folder(given.result), os.environ.get("SLURM_JOB_ID", "")
-    attempt = Attempt([jobs, Path(tempfile.gettempdir())], given.command)
+    if len(sys.argv) < 4 or sys.argv[2] != "--":
+        sys.exit("usage: python -m cluster.attempt RESULT -- COMMAND …")
+    result, command = Path(sys.argv[1]), sys.argv[3:]
+    jobs, job = jobs_folder(result), os.environ.get("SLURM_JOB_ID", "")
+    attempt = Attempt([jobs, Path(tempfile.gettempdir())], command)
     try:
         jobs.mkdir(parents=True, exist_ok=True)
         if job:
-            note_attempt(jobs, job, mark(given.result))
+            note_attempt(jobs, job, mark(result))
         code = attempt.run()
         stopped = code == _REQUEUE or (attempt.received == signal.SIGUSR1 and code)
         if stopped and job and attempt.received != signal.SIGTERM and code != _BAD_INPUT:

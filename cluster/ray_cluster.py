@@ -5,7 +5,6 @@ then COMMAND runs on the first node, and finds Ray by `cluster.ray_session.ray_f
 node COMMAND runs as it is. When it ends, so does all of Ray.
 """
 
-import argparse
 import json
 import os
 import secrets
@@ -214,12 +213,10 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Exit code of the command; 128 + signal if one ended it."""
-    parser = argparse.ArgumentParser(description="Run a command with Ray on all nodes of the job.")
-    parser.add_argument("shared", type=Path, help="a folder that all nodes see")
-    parser.add_argument("command", nargs="+", help="after --")
-    given = parser.parse_args()
+    if len(sys.argv) < 4 or sys.argv[2] != "--":
+        sys.exit("usage: python -m cluster.ray_cluster SHARED -- COMMAND …")
     try:
-        code = run(given.shared, given.command)
+        code = run(Path(sys.argv[1]), sys.argv[3:])
     except (RunFailed, UserError) as error:
         sys.exit(f"xtal: {error}")
     sys.exit(code if code >= 0 else 128 - code)

@@ -19,13 +19,16 @@ job, out = job_ray(), Path(sys.argv[1])
 with ray_for(1) as folder:
     import ray
 
-    @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+    @ray.remote(num_cpus=1)
     def where():
-        time.sleep(0.5)
         (folder / f"seen-{os.uname().nodename}").touch()
         return os.uname().nodename
 
-    names = sorted(set(ray.get([where.remote() for _ in range(3 * cores())])))
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    here = [where.options(scheduling_strategy=On(node, soft=False)).remote() for node in nodes]
+    names = sorted(ray.get(here))
     seen = sorted(path.name for path in folder.iterdir())
     told = {"names": names, "seen": seen, "cores": cores(), "nodes": job.nodes,
             "resources": ray.cluster_resources(),
@@ -48,7 +51,7 @@ def ray_job(slurm: Machines, place: Path, name: str, *words: str, nodes: int = 3
     return slurm.sbatch("--no-kill", "--time=5", *options, script, place / name, *words)
 
 
-def told(slurm: Machines, place: Path, name: str, seconds: float = 120) -> dict[str, object]:
+def told(slurm: Machines, place: Path, name: str, seconds: float = 240) -> dict[str, object]:
     log = place / f"{name}.log"
     try:
         slurm.until((place / name).exists, f"{name} has said where it runs", seconds)
