@@ -46,9 +46,10 @@ def featurize(
     source: Annotated[
         str,
         typer.Argument(
+            metavar="SOURCE",
             help="A .jsonl[.gz|.zst] of Materials Project documents, a folder of CIF/POSCAR files "
             "with id_prop.csv, a .csv with a cif column, a Matbench or JARVIS .json[.gz|.zip], a "
-            "CIF or POSCAR file, or prototypes[:COUNT[:SEED]]."
+            "CIF or POSCAR file, or prototypes[:COUNT[:SEED]].",
         ),
     ],
     dataset: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the dataset.")],
@@ -138,7 +139,7 @@ def featurize(
 def inspect(
     dataset: Annotated[Path, typer.Argument(metavar="OUT", help="A dataset folder.")],
     id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="A crystal: its reflections.")
+        str | None, typer.Argument(metavar="ID", help="A crystal: its reflections.")
     ] = None,
     top: Annotated[int, typer.Option(help="Reflections to list; --json has all.", min=1)] = 20,
     picture: Annotated[
@@ -237,7 +238,7 @@ def verify(
 @app.command()
 def train(
     dataset: Annotated[Path, typer.Argument(metavar="OUT", help="A dataset folder.")],
-    run: Annotated[Path, typer.Argument(help="Folder for the training run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder for the training run.")],
     task: Annotated[
         str | None,
         typer.Option(
@@ -300,7 +301,7 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
     dataset: Annotated[
         Path | None, typer.Option(help="Where the dataset is now, if it has moved.")
     ] = None,
@@ -326,9 +327,12 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished training run.")],
     source: Annotated[
-        str, typer.Argument(help="Crystals as for featurize, or the folder of a dataset.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Crystals as for featurize, or the folder of a dataset."
+        ),
     ],
     table: Annotated[Path, typer.Option("--out", help="Table to write: .csv, .parquet or .jsonl.")],
     task: Annotated[
@@ -409,7 +413,7 @@ def report(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="[OUT]", help="Folder for it all.")] = Path(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for it all.")] = Path(
         "xtal-demo"
     ),
     source: Annotated[

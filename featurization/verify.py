@@ -187,7 +187,9 @@ def _conclude(
     again = recompute(specs, manifest, [entry for _, entry in found.chosen], config)
     problems += again.problems
     notes = ["nothing was recomputed: see sources"] * bool(found.chosen and not again.count)
-    if any(source["state"] == GROWN for source in again.sources):
+    # Of a source that was appended since, the last row says whether it has grown again.
+    newest = {source["spec"]: source["state"] for source in again.sources}
+    if GROWN in newest.values():
         notes.append(
             f"what is new in a source that has grown: xtal featurize SOURCE {folder} --append"
         )

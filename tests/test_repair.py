@@ -560,7 +560,10 @@ def test_a_source_that_has_grown(tmp_path: Path, kind: str, ended: bool) -> None
     assert f"xtal featurize SOURCE {out} --append" in answer["note"]
     more = Path(shutil.copytree(out, tmp_path / "more"))
     featurize(spec, more, FEW, OneProcess(), append=True)
-    assert verify(more, [spec, spec])["problems"] == []
+    answer = verify(more, [spec, spec])
+    assert answer["problems"] == []
+    assert answer["sources"][0]["state"] == "grown since"
+    assert answer["note"] == ""  # what was new is in the second part
     # Its damage is mended, also after a death.
     flip(min((out / "shards").glob("*.h5")))
     flip(out / "rejects.csv")
