@@ -9,6 +9,7 @@ The hash is the finalizer of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), appl
 """
 
 import hashlib
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,12 +30,19 @@ class Draws:
 
     def __init__(self, arm: str, seed: int, data: CloudSet) -> None:
         digest = hashlib.sha256(f"{arm}:{seed}".encode()).digest()
-        word = int.from_bytes(digest[:8], "big", signed=True)
-        self._key_N = _keys(data.ids, word).to(data.offsets.device)
-        h, k, l = data.hkl_P3.long().unbind(1)  # noqa: E741
-        hkl_P = ((h & 0xFFFF) << 32) | ((k & 0xFFFF) << 16) | (l & 0xFFFF)
-        self._key_P = _mixed(self._key_N[data.crystal_P] ^ _mixed(hkl_P + _STEP))
+        self._word = int.from_bytes(digest[:8], "big", signed=True)
+        self._data = data
         self._drawn = 0
+
+    @cached_property
+    def _key_N(self) -> Tensor:
+        return _keys(self._data.ids, self._word).to(self._data.offsets.device)
+
+    @cached_property
+    def _key_P(self) -> Tensor:
+        h, k, l = self._data.hkl_P3.long().unbind(1)  # noqa: E741
+        hkl_P = ((h & 0xFFFF) << 32) | ((k & 0xFFFF) << 16) | (l & 0xFFFF)
+        return _mixed(self._key_N[self._data.crystal_P] ^ _mixed(hkl_P + _STEP))
 
     def uniform_N(self, columns: int) -> Tensor:
         """(N, columns) float64 in (0, 1), of each crystal."""
@@ -68,7 +76,7 @@ def _keys(ids: np.ndarray, word: int) -> Tensor:
     """(N,) int64, a hash of each id; the same whatever the longest of them is."""
     width = ids.dtype.itemsize // 4  # NumPy keeps 4 bytes a character, padded with 0
     codes = np.ascontiguousarray(ids).view(np.uint32).reshape(len(ids), width)
-    key = torch.full((len(ids),), word)
+    key = torch.full((len(ids),), word, device="cpu")
     for code in torch.from_numpy(codes.astype(np.int64)).unbind(1):
         key = torch.where(code > 0, _mixed(key + code * _STEP), key)
     return key

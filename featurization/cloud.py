@@ -7,17 +7,21 @@ I(−q) = I(q) holds by construction (no anomalous scattering), so the cloud hol
 pair ±q with multiplicity 2, and the origin with multiplicity 1.
 """
 
+import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featurization import kernel
-from featurization.config import Q_LIMIT, FeaturizationConfig, RadiationName
+from featurization.config import Q_LIMIT, FeaturizationConfig, RadiationName, ScattererName
 from featurization.crystal import Crystal, FloatArray, IntArray, Reject
 from featurization.radiation import scattering
 from featurization.selection import MOST_INDEX, miller_half, sphere_half
+
+# What all atoms are taken for where they are to be alike: of middling weight, known to all tables.
+_ALIKE = "Si"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ def diffraction_cloud(crystal: Crystal, config: FeaturizationConfig) -> Cloud:
         hkl,
         reciprocal,
         volume,
-        *_scatterers(crystal, radiations),
+        *_scatterers(disguised(crystal, config.scatterers), radiations, config.scatterers),
         config.b_iso,
         config.absence_tolerance,
         config.drops_absences,
@@ -69,6 +73,24 @@ def diffraction_cloud(crystal: Crystal, config: FeaturizationConfig) -> Cloud:
     if not math.isfinite(total):
         raise Reject("diffraction", "intensity is not finite")
     return Cloud(hkl16, q, intensity[0], multiplicity, intensity[1:])
+
+
+def disguised(crystal: Crystal, scatterers: ScattererName) -> Crystal:
+    """The crystal with the elements that scatter in place of its own, if they are others.
+
+    Permuted elements trade places in a cycle that its id decides.
+    """
+    if scatterers == "alike":
+        return replace(crystal, species=(_ALIKE,) * len(crystal.species))
+    if scatterers == "permuted":
+        drawn = {
+            name: hashlib.blake2b(f"{crystal.id}\n{name}".encode("utf-8", "backslashreplace"))
+            for name in crystal.species
+        }
+        cycle = sorted(drawn, key=lambda name: drawn[name].digest())
+        follows = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
+        return replace(crystal, species=tuple(follows[name] for name in crystal.species))
+    return crystal
 
 
 def structure_factors(
@@ -98,10 +120,10 @@ def structure_factors(
 
 
 def _scatterers(
-    crystal: Crystal, radiations: tuple[RadiationName, ...]
+    crystal: Crystal, radiations: tuple[RadiationName, ...], scatterers: ScattererName = "atoms"
 ) -> tuple[FloatArray, FloatArray, IntArray, FloatArray]:
     """Positions, occupancies, and the place of each scatterer in a table of form factors."""
-    kind, table = scattering(crystal.species, radiations)
+    kind, table = scattering(crystal.species, radiations, points=scatterers == "points")
     return _floats(crystal.positions), _floats(crystal.occupancy), kind, table
 
 

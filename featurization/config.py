@@ -1,7 +1,7 @@
 """What decides the content of a dataset: every field lands in the manifest."""
 
 import re
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,11 @@ Q_LIMIT = 4.0
 
 RadiationName = Literal["xray", "xray_pymatgen", "neutron", "electron"]
 CellName = Literal["primitive", "conventional", "niggli", "as_given"]
+ScattererName = Literal["atoms", "points", "alike", "permuted"]
+
+
+# What datasets were made with before these fields were there.
+_BEFORE = {"scatterers": "atoms"}
 
 
 class FeaturizationConfig(Config):
@@ -21,6 +26,9 @@ class FeaturizationConfig(Config):
     """Scatterer: xray (IT92), xray_pymatgen (the paper's), neutron (Sears 1992), electron."""
     also_radiation: tuple[RadiationName, ...] = ()
     """More scatterers such as neutron on the same points, each a column `intensity_NAME`."""
+    scatterers: ScattererName = "atoms"
+    """What sits on the sites: atoms; points of their f(0); silicon on all, alike; or the crystal's
+    elements in each other's places, permuted."""
     cell: CellName = "primitive"
     """Cell that spans the reciprocal lattice; primitive and conventional are standardized."""
     selection: str = "sphere:1.2"
@@ -110,3 +118,8 @@ class FeaturizationConfig(Config):
         if self.absences == "auto":
             return self.q_max is not None
         return self.absences == "drop"
+
+
+def completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the fields that are younger than it."""
+    return _BEFORE | recorded

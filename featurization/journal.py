@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import RunFailed, UserError
 from cluster.files import append_line, whole_lines, write_text
+from featurization.config import completed
 from featurization.index import Index
 
 FOLDER = "journal"
@@ -77,7 +78,8 @@ def read_plan(out: Path) -> Plan | None:
     path = out / FOLDER / "plan.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Plan(**values | {"index": Index(**values["index"])})
+        whole = {"index": Index(**values["index"]), "config": completed(values["config"])}
+        return Plan(**values | whole)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -60,9 +60,12 @@ def form_factors(species: Sequence[str], q: FloatArray, radiation: RadiationName
 
 
 def scattering(
-    species: Sequence[str], radiations: tuple[RadiationName, ...]
+    species: Sequence[str], radiations: tuple[RadiationName, ...], *, points: bool = False
 ) -> tuple[IntArray, FloatArray]:
     """The fits of form factors to several tables, for `kernel.form_factor`.
+
+    Args:
+        points: f(0) at all |q| in place of the fits.
 
     Returns:
         (A,) row of each species in a (R, S, COEFFICIENTS) array, which callers must not change.
@@ -71,6 +74,8 @@ def scattering(
         Reject: a species without a value in one of the tables.
     """
     rows, table = _tables(radiations)
+    if points:
+        table = _at_rest(radiations)
     try:
         return np.array([rows[name] for name in species]), table
     except KeyError as error:
@@ -91,6 +96,17 @@ def _tables(radiations: tuple[RadiationName, ...]) -> tuple[dict[str, int], Floa
             continue
     table = np.array(list(fits.values())).transpose(1, 0, 2)
     return {name: row for row, name in enumerate(fits)}, np.ascontiguousarray(table)
+
+
+@cache
+def _at_rest(radiations: tuple[RadiationName, ...]) -> FloatArray:
+    """`_tables` with each fit replaced by its constant value at |q| = 0."""
+    _, table = _tables(radiations)
+    constant = np.zeros_like(table)
+    for radiation, fits in enumerate(table):
+        for row, fit in enumerate(fits):
+            form_factor(fit, np.zeros(1), constant[radiation, row, :1])
+    return constant
 
 
 def _fit(name: str, radiation: RadiationName) -> list[float]:

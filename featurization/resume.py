@@ -15,7 +15,7 @@ from cluster.errors import UserError
 from cluster.files import replacing, sha256_of
 from cluster.mpi import Ranks, on_rank_0
 from featurization import journal, logs
-from featurization.config import FeaturizationConfig
+from featurization.config import FeaturizationConfig, completed
 from featurization.index import build_index, index_is_whole
 from featurization.journal import Plan, read_plan, write_plan
 from featurization.manifest import COPY, read_manifest, way_out
@@ -138,7 +138,8 @@ def look(
         return Found(plan=plan)
     if (out / "manifest.json").exists():
         manifest = read_manifest(out)
-        theirs = [{"source": s, "config": manifest["config"]} for s in manifest["sources"]]
+        made = completed(manifest["config"])
+        theirs = [{"source": source, "config": made} for source in manifest["sources"]]
         if any(not _differences(each, asked) for each in theirs):
             return Found(manifest=manifest, finished=True)
         if not append:
@@ -146,7 +147,7 @@ def look(
                 f"{out} holds another dataset ({_differences(theirs[0], asked)})",
                 remedy="give another folder, remove this one, or add to it with --append",
             )
-        if changed := _differences({"config": manifest["config"]}, {"config": asked["config"]}):
+        if changed := _differences({"config": made}, {"config": asked["config"]}):
             raise UserError(
                 f"{out} was made with another configuration ({changed})",
                 remedy="append with the same configuration",
@@ -257,9 +258,8 @@ def _start(
             path.unlink()
     done = journal.done_blocks(out, plan)
     remaining = np.flatnonzero(~done).astype(np.int32)
-    records = plan.index.count - sum(
-        min(plan.block, plan.index.count - int(block) * plan.block) for block in remaining
-    )
+    count, block = plan.index.count, plan.block
+    records = count - sum(min(block, count - int(number) * block) for number in remaining)
     poisoned, suspects = journal.deaths(out)
     suspect = np.isin(remaining, [record // plan.block for record in suspects])
     return attempt, remaining[~suspect], remaining[suspect], records, poisoned, owner

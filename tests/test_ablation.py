@@ -122,9 +122,12 @@ CHANGES = {
     "validation_fraction": 0.3,
     "test_fraction": 0.3,
     "radiation": "neutron",
+    "pose": "axis",
     "resamples": 200,
     "workers": 2,
     "checkpoint_steps": 7,
+    "checkpoint_seconds": 7.0,
+    "restarts": 7,
 }
 
 

@@ -11,6 +11,7 @@ from training.tasks import Task, TaskName, task_of
 
 NetworkName = Literal["pointnet", "harmonic", "attention", "powder_cnn"]
 BoostedName = Literal["boosted", "lattice_only", "powder", "composition_only", "majority"]
+PoseName = Literal["random", "axis", "fixed"]
 ModelName = NetworkName | BoostedName | Literal["blend"]
 # Unlike models, whose errors differ; each of a blend's `members` is one of each.
 BLEND: tuple[ModelName, ...] = ("boosted", "harmonic")
@@ -53,6 +54,8 @@ class TrainingConfig(Config):
     """Of AdamW."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Initial weights, order of crystals, rotations. The split does not depend on it."""
+    pose: PoseName = "random"
+    """Rotations of training clouds, new in each step: all, about the z axis, or none (fixed)."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     """Part of the groups that chooses the best epoch."""
     test_fraction: float = Field(default=0.1, gt=0, lt=0.5)
@@ -88,7 +91,9 @@ class TrainingConfig(Config):
 
     def deciding(self) -> dict[str, Any]:
         """What decides the trained model: all but how the work is shared and how often saved."""
-        return self.model_dump(mode="json", exclude=NOT_DECIDING)
+        # Older than `pose` are trainings that are still to be resumed; all had random ones.
+        young = {"pose"} if self.pose == "random" else set()
+        return self.model_dump(mode="json", exclude=NOT_DECIDING | young)
 
     @property
     def passes(self) -> int:

@@ -30,7 +30,7 @@ from training.inputs import prepared
 from training.models.build import Inputs, Network, new_network
 from training.peers import Alone, Peers
 from training.progress import Progress, Stopwatch
-from training.rotations import random_rotations
+from training.rotations import posed_rotations
 from training.split import Parts
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -192,7 +192,7 @@ def _step(
     batch = inputs.batch(rows_B[mine])
     if model.rotates:
         assert isinstance(batch, CloudBatch)
-        batch = batch.rotated(random_rotations(len(rows_B), random)[mine])
+        batch = batch.rotated(posed_rotations(config.pose, len(rows_B), random)[mine])
     watch.has_batch()
     with _autocast(where):
         logits = model(batch.to(where)).float()

@@ -1,7 +1,11 @@
-"""Proper rotations, uniform on SO(3)."""
+"""Proper rotations: uniform on SO(3), about one axis, or none."""
+
+import math
 
 import torch
 from torch import Tensor
+
+from training.config import PoseName
 
 
 def random_rotations(count: int, generator: torch.Generator) -> Tensor:
@@ -18,3 +22,16 @@ def random_rotations(count: int, generator: torch.Generator) -> Tensor:
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2).float()
+
+
+def posed_rotations(pose: PoseName, count: int, generator: torch.Generator) -> Tensor:
+    """(count, 3, 3) float32 rotations of a training: Haar, uniform about z, or all the identity."""
+    if pose == "random":
+        return random_rotations(count, generator)
+    turn = torch.eye(3, dtype=torch.float64).repeat(count, 1, 1)
+    if pose == "axis":
+        angle = 2.0 * math.pi * torch.rand(count, generator=generator, dtype=torch.float64)
+        turn[:, 0, 0] = turn[:, 1, 1] = angle.cos()
+        turn[:, 1, 0] = angle.sin()
+        turn[:, 0, 1] = -angle.sin()
+    return turn.float()
