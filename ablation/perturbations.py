@@ -8,9 +8,10 @@ exists is a change of the featurization; what acts on the poses of a training, o
 """
 
 import math
+from typing import get_args
 
 from ablation import before, extent, intensities, positions, symmetry
-from ablation.arm import Arm, arm
+from ablation.arm import Arm, Law, arm
 from ablation.draws import Draws
 from cluster.errors import UserError
 from featurization.config import FeaturizationConfig
@@ -86,3 +87,23 @@ def perturb(data: CloudSet, name: str, strength: float | None, seed: int) -> Clo
     """
     dose = strength_of(name, strength)
     return ARMS[name].apply(data, dose, Draws(name, seed, data))
+
+
+def table() -> str:
+    """All arms in Markdown, as docs/perturbations.md has them."""
+    lines = [
+        "| arm | family | what | strength | unit | identity | doses | keeps at every dose |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in ARMS.items():
+        what = " ".join((one.apply.__doc__ or "").split("\n\n")[0].split()).replace("|", "\\|")
+        dose = one.strength
+        doses = ", ".join(_number(value) for value in dose.ladder) if dose else ""
+        cells = [dose.name, dose.unit, _number(dose.identity), doses] if dose else [""] * 4
+        kept = ", ".join(law for law in get_args(Law) if law in one.keeps)
+        lines.append(f"| `{name}` | {one.family} | {what} | {' | '.join(cells)} | {kept} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    return "∞" if math.isinf(value) else f"{value:g}"

@@ -11,11 +11,12 @@ import pytest
 import torch
 from laws import JUDGES, absences, is_symmetric, rotations_of, whole
 from small import random_set
+from tiny import ROOT
 
 from ablation import perturbations
 from ablation.arm import Arm, Strength
 from ablation.draws import Draws
-from ablation.perturbations import ARMS, describe, featurization_of, perturb, strength_of
+from ablation.perturbations import ARMS, describe, featurization_of, perturb, strength_of, table
 from cluster.errors import UserError
 from featurization.config import FeaturizationConfig
 from featurization.crystal import Crystal
@@ -243,6 +244,11 @@ def test_every_arm_explains_itself(name: str) -> None:
     assert dose.identity not in dose.ladder
     for value in (*dose.ladder, dose.default, dose.identity):
         assert strength_of(name, value) == value
+
+
+def test_the_table_of_arms_is_theirs() -> None:
+    text = (ROOT / "docs" / "perturbations.md").read_text(encoding="utf-8")
+    assert text.endswith("\n" + table())  # else write it anew: its head says how
 
 
 def test_strengths_that_make_no_sense_are_refused() -> None:
