@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -176,6 +178,22 @@ def test_loading_gives_what_the_shards_hold(clouds, dataset):
         assert np.array_equal(entry.cloud.multiplicity, clouds.multiplicity_P[points])
         assert np.allclose(entry.lattice, clouds.lattice_N33[i], atol=1e-6)
         assert (clouds.crystal_P[points] == i).all()
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut short", "a column is missing"])
+def test_a_damaged_shard_is_named_with_the_remedy(damage, dataset, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset, folder)
+    shard = min((folder / "shards").iterdir())
+    if damage == "removed":
+        shard.unlink()
+    elif damage == "cut short":
+        os.truncate(shard, shard.stat().st_size // 2)
+    else:
+        with h5py.File(shard, "a") as file:
+            del file["lattice"]
+    with pytest.raises(UserError, match=f"{shard} is missing or damaged.*\n.*verify.*--repair"):
+        load(folder)
 
 
 def test_one_of_several_radiations(tmp_path):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from cluster.errors import UserError
 from featurization.config import FeaturizationConfig, RadiationName
 from featurization.manifest import read_manifest
 from featurization.shards import Entry
-from training.mapped import MappedColumns
+from training.mapped import MappedColumns, reading
 
 POINT_BYTES = 30  # of a stored point in memory
 _POINTS = ("hkl_P3", "q_P3", "intensity_P", "multiplicity_P")
@@ -179,7 +178,7 @@ def load(folder: Path, radiation: RadiationName | None = None) -> CloudSet:
         radiation: whose intensities, of those that the dataset has; None: its first.
 
     Raises:
-        UserError: no manifest, or no such radiation in the dataset.
+        UserError: no manifest, a damaged shard, or no such radiation in the dataset.
     """
     return in_memory(map_clouds(folder, radiation))
 
@@ -203,7 +202,7 @@ def map_clouds(folder: Path, radiation: RadiationName | None = None) -> MappedSe
     parts: dict[str, list[NDArray[Any]]] = {}
     labels: list[dict[str, NDArray[np.float64]]] = []
     for number, row in enumerate(manifest["shards"]):
-        with h5py.File(folder / row["file"], "r", locking=False) as file:
+        with reading(folder / row["file"]) as file:
             for name in ("id", "group", "symmetry/crystal_system"):
                 parts.setdefault(name, []).append(file[name].asstr()[:].astype(np.str_))
             offsets = file["offsets"][:]

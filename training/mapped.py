@@ -5,7 +5,8 @@ process maps them itself; of what it has read, the kernel keeps what there is ro
 """
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,27 @@ class MappedColumns:
         return answer
 
 
+@contextmanager
+def reading(shard: Path) -> Iterator[h5py.File]:
+    """A shard, open.
+
+    Raises:
+        UserError: it is missing or damaged; the error says how to mend it.
+    """
+    try:
+        with h5py.File(shard, "r", locking=False) as file:
+            yield file
+    except (OSError, KeyError) as error:
+        dataset = shard.parents[1]
+        raise UserError(
+            f"{shard} is missing or damaged: {error}", remedy=f"xtal verify {dataset} --repair"
+        ) from None
+
+
 def _places(path: Path, names: list[str]) -> dict[str, _Place]:
     """Where each column that is not empty lies; an empty one is at 0."""
     answer: dict[str, _Place] = {}
-    with h5py.File(path, "r", locking=False) as file:
+    with reading(path) as file:
         for name in names:
             column = file[name]
             offset = column.id.get_offset()
