@@ -22,7 +22,7 @@ app = typer.Typer(
     name="xtal",
     help="Ask whether the structure of a crystal alone, without chemistry, tells what it does. "
     "Verbs in the order of the data: featurize, inspect, verify, train, evaluate, predict, ablate, "
-    "report; demo does all of them. On a cluster: submit, jobs, cancel, dashboard. "
+    "report, propensity; demo does all of them. On a cluster: submit, jobs, cancel, dashboard. "
     "--debug anywhere shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=True,
@@ -409,6 +409,47 @@ def report(
     from ablation.report import write_report
 
     out.print(f"report: {write_report(folder, dataset=dataset)}", soft_wrap=True)
+
+
+@app.command()
+def propensity(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset folder.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="Training runs of one yes-or-no task on it."),
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for table and picture.")],
+    members: Annotated[
+        int, typer.Option(help="Fewest held-out crystals of a prototype.", min=1)
+    ] = 5,
+    config: OptionsFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank structure prototypes by how often they have a property, whatever their chemistry.
+
+    A run of composition_only among them says what the formula alone predicts.
+    """
+    from ablation.propensity import propensity as run
+
+    held, table = run(dataset, runs, folder, members=members)
+    rows = table.to_pylist()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    shown = Table(
+        *("prototype", "example", "held out", f"{held.positive}", "95 % interval", *held.predicted),
+        title=f"{held.task}: {len(rows)} prototypes, {len(held.ids)} held-out crystals",
+        title_justify="left",
+    )
+    for row in rows:
+        interval = f"{row['observed_low']:.2f} … {row['observed_high']:.2f}"
+        said = (f"{row[model]:.2f}" for model in held.predicted)
+        observed = f"{row['observed']:.2f}"
+        shown.add_row(
+            row["prototype"], row["example"], str(row["members"]), observed, interval, *said
+        )
+    out.print(shown)
+    out.print(f"written: {folder}/propensity.parquet, .csv, .svg, .png", soft_wrap=True)
 
 
 @app.command()

@@ -70,10 +70,15 @@ def write_statistics(folder: Path, *, dataset: Path | None = None) -> Tables:
 
 def write_table(folder: Path, name: str, table: pa.Table) -> None:
     """One table as Parquet and CSV, where the module says."""
+    write_pair(_path(folder, name), folder / "tables" / f"{name}.csv", table)
+
+
+def write_pair(parquet: Path, csv: Path, table: pa.Table) -> None:
+    """One table as Parquet and CSV; a number that is not defined is null."""
     table = _without_nan(table)
-    with replacing(_path(folder, name)) as temporary:
+    with replacing(parquet) as temporary:
         pq.write_table(table, temporary)
-    with replacing(folder / "tables" / f"{name}.csv") as temporary:
+    with replacing(csv) as temporary:
         pyarrow.csv.write_csv(table, temporary)
 
 

@@ -24,7 +24,17 @@ from featurization.manifest import read_manifest
 from featurization.sources import open_source
 from training import train as training_run
 
-VERBS = ("featurize", "inspect", "verify", "train", "evaluate", "ablate", "report", "demo")
+VERBS = (
+    "featurize",
+    "inspect",
+    "verify",
+    "train",
+    "evaluate",
+    "ablate",
+    "report",
+    "propensity",
+    "demo",
+)
 
 
 @pytest.fixture
@@ -128,6 +138,7 @@ def test_without_arguments_the_help_is_shown(call):
         ),
         (["train", "[/red]", "run"], "[/red] is no finished dataset"),
         (["report", "nowhere"], "nowhere"),
+        (["propensity", "x", "nowhere", "--out", "y"], "nowhere/config.json is missing"),
     ],
 )
 def test_a_bad_request_names_problem_and_remedy(call, words, problem, tmp_path, monkeypatch):
@@ -233,6 +244,12 @@ WITH_OPTIONS = {
     "evaluate": (["run"], "dataset", "there", "training.evaluate.evaluate_run"),
     "report": (["grid"], "dataset", "there", "ablation.report.write_report"),
     "demo": (["out"], "task", "band_gap", "ablation.demo.run_demo"),
+    "propensity": (
+        ["DATASET", "run", "--out", "x"],
+        "members",
+        3,
+        "ablation.propensity.propensity",
+    ),
 }
 
 
