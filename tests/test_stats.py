@@ -6,8 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from simulated import plain, predictions
 
 from ablation import stats
+from ablation.significance import MARGIN, equivalence
 from training.metrics import METRICS, evaluate, group_weights, score
 
 
@@ -319,3 +321,46 @@ def test_one_class_gives_nan_and_no_exception(seeds):
     row = _row(effect_table(pa.concat_tables(arms), resamples=20), "a")
     assert all(math.isnan(row[name]) for name in ("none", "value", "difference", "low", "high"))
     assert _row(effect_table(pa.concat_tables(arms), resamples=20), "a", "ece")["difference"] == 0
+
+
+def test_verdicts_of_a_planted_effect_and_a_planted_null():
+    random = np.random.default_rng(20)
+    conditions = plain({"none": 2.0, "loss": 1.2, "twin": 2.0})
+    conditions |= {("pointnet", "jitter", dose, "test_only"): 2.0 - dose for dose in (0.0, 1.0)}
+    table = predictions(random, conditions, crystals=600, seeds=range(4))
+    rows = [r for r in effect_table(table, resamples=200).to_pylist() if r["metric"] == "auroc"]
+    found = {(r["arm"], r["strength"], r["mode"]): r for r in rows}
+    assert found["loss", None, "retrain"]["verdict"] == "effect"
+    assert found["twin", None, "retrain"]["verdict"] == "no effect"
+    assert found["jitter", 0.0, "test_only"]["verdict"] == "no effect"
+    assert found["jitter", 1.0, "test_only"]["verdict"] == "effect"
+    for row in rows:
+        assert row["low"] < row["low90"] <= row["high90"] < row["high"]
+        assert row["equivalent_within"] == max(-row["low90"], row["high90"])
+        assert row["p"] <= row["p_holm"] <= 4 * row["p"] + 1e-12
+        assert row["p_seeds"] >= 1 / 8
+    assert found["loss", None, "retrain"]["visible"] < 0.05
+
+
+def test_each_model_is_compared_with_its_own_reference():
+    random = np.random.default_rng(21)
+    conditions = plain({"none": 2.0, "a": 1.0}) | plain({"none": 0.5, "a": 1.0}, "harmonic")
+    table = predictions(random, conditions | plain({"a": 1.0}, "powder"), crystals=200)
+    rows = [r for r in effect_table(table, resamples=40).to_pylist() if r["metric"] == "auroc"]
+    signs = {row["model"]: row["difference"] > 0 for row in rows}
+    assert signs == {"pointnet": False, "harmonic": True}  # powder has no reference
+
+
+def test_the_equivalence_test_keeps_its_size():
+    # The true change is the margin: it may be called none in 5 % of the cases. In each, the whole
+    # set's values of three seeds, and resamples that scatter as the choice of crystals does.
+    random = np.random.default_rng(23)
+    called, naive = 0, 0
+    for number in range(400):
+        whole = -MARGIN + 0.004 * random.normal() + 0.003 * random.normal(size=(3, 1))
+        drawn = whole + 0.004 * random.normal(size=300)
+        _, draws = stats.spread_out(np.concatenate([whole, drawn], axis=1), number)
+        called += equivalence(draws)[0] < 0.05
+        naive += abs(whole.mean()) < MARGIN  # the variant that must fail: no test at all
+    assert 0.005 <= called / 400 <= 0.08
+    assert naive / 400 > 0.4
