@@ -436,18 +436,14 @@ def propensity(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    shown = Table(
-        *("prototype", "example", "held out", f"{held.positive}", "95 % interval", *held.predicted),
-        title=f"{held.task}: {len(rows)} prototypes, {len(held.ids)} held-out crystals",
-        title_justify="left",
-    )
+    shown = Table(title=f"{held.task}: {len(rows)} prototypes, {len(held.ids)} held-out crystals")
+    shown.add_column("prototype", no_wrap=True)
+    for name in ("held out", held.positive, "95 % interval", *held.predicted):
+        shown.add_column(name, justify="right")
     for row in rows:
-        interval = f"{row['observed_low']:.2f} … {row['observed_high']:.2f}"
-        said = (f"{row[model]:.2f}" for model in held.predicted)
-        observed = f"{row['observed']:.2f}"
-        shown.add_row(
-            row["prototype"], row["example"], str(row["members"]), observed, interval, *said
-        )
+        ends = f"{row['observed_low']:.2f}–{row['observed_high']:.2f}"
+        said = (f"{row[name]:.2f}" for name in ("observed", *held.predicted))
+        shown.add_row(row["prototype"], str(row["members"]), next(said), ends, *said)
     out.print(shown)
     out.print(f"written: {folder}/propensity.parquet, .csv, .svg, .png", soft_wrap=True)
 

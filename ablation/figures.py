@@ -38,6 +38,8 @@ _STYLE: Any = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.dpi": 200,  # of the layout, too: hinted letters have other widths at another
 }
 
 
@@ -59,7 +61,7 @@ def draw(make: Callable[[], Figure], caption: str) -> Drawing:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once, for both files
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
+        figure.savefig(png, format="png", metadata={"Software": None})
     return Drawing(svg.getvalue(), png.getvalue(), caption)
 
 
