@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from typer.core import TyperGroup
 
 from cluster.commands import register
 from cluster.config import build_config, read_toml
@@ -362,39 +363,80 @@ def predict(
         summary(f"predictions {table}", dict(counts))
 
 
-@app.command()
+class _Ablate(TyperGroup):
+    """`xtal ablate GRID.toml OUT` is `xtal ablate run GRID.toml OUT`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+ablation = typer.Typer(cls=_Ablate, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(
+    ablation,
+    name="ablate",
+    help="Perturb the input, train again, compare: xtal ablate GRID OUT runs a grid of trials, and "
+    "goes on after a crash; xtal ablate status OUT shows how far it is.",
+)
+
+
+@ablation.command("run")
 def ablate(
-    grid: Annotated[Path, typer.Argument(metavar="GRID.toml", help="Which arms and seeds.")],
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
+    grid: Annotated[
+        Path,
+        typer.Argument(metavar="GRID", help="A TOML file, or one that is built in: quick, paper."),
+    ],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="Folder for the results.")
+    ] = None,
     dataset: Annotated[Path | None, typer.Option(help="Dataset instead of the grid's.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="List the trials and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Time a training of each model, say what all take, stop."),
+    ] = False,
+    config: OptionsFile = None,
 ) -> None:
-    """Perturb the input, train again, compare. The same command goes on after a crash."""
-    from ablation.grid import read_grid, trials
+    """Perturb the input, train again, compare. The same command goes on after a crash.
+
+    A report and its tables come at the end; no trial is stopped early, however hopeless.
+    """
+    from ablation.grid import read_grid
     from ablation.report import write_report
     from ablation.run import run_grid
-    from featurization.manifest import read_manifest
+    from ablation.status import live
 
     settings = read_grid(grid, dataset=None if dataset is None else str(dataset.resolve()))
     if dry_run:
-        planned = trials(settings, read_manifest(Path(settings.dataset))["content_hash"])
-        table = Table("trial", "arm", "seed", "epochs", title=settings.training.question.question)
-        for trial in planned:
-            table.add_row(trial.id, trial.arm, str(trial.training.seed), str(trial.training.epochs))
-        out.print(table)
-        out.print(f"{len(planned)} trials; nothing was run")
+        _forecast(settings, folder)
         return
-    total = len(settings.arms) * len(settings.seeds) * settings.training.epochs
-    with bar(settings.training.question.question, total) as update:
+    if folder is None:
+        raise UserError("OUT is not given", remedy=f"xtal ablate {grid} OUT")
+    with live() as update:
         counts = run_grid(settings, folder, progress=update)
-        update(total)
     summary(f"grid {folder}", dict(counts))
     if counts["failed"]:
         raise RunFailed(
             f"{counts['failed']} trials failed",
-            remedy=f"see their tracebacks in {folder / 'results.jsonl'}; run again to retry them",
+            remedy=f"xtal ablate status {folder} shows why; run again to retry them",
         )
     out.print(f"report: {write_report(folder, dataset=Path(settings.dataset))}", soft_wrap=True)
+
+
+@ablation.command("status")
+def ablate_status(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a grid.")],
+    config: OptionsFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far a grid is, from its files alone, while it runs or after."""
+    from ablation.status import show, status
+
+    answer = status(folder)
+    if as_json:
+        print(json.dumps(answer, indent=1))
+    else:
+        show(folder, answer)
 
 
 @app.command()
@@ -406,8 +448,12 @@ def report(
     config: OptionsFile = None,
 ) -> None:
     """Write DIR/report.html, one file that opens offline, and the tables behind it."""
+    from ablation.layout import write_tables
+    from ablation.record import RECORD
     from ablation.report import write_report
 
+    if (folder / RECORD).exists():  # a grid, perhaps one that is at work
+        write_tables(folder)
     out.print(f"report: {write_report(folder, dataset=dataset)}", soft_wrap=True)
 
 
@@ -530,6 +576,19 @@ def _fatal_for_all(ranks: Any) -> Iterator[None]:
     except BaseException:  # a Rust panic is no Exception
         ranks.abort()
         raise
+
+
+def _forecast(grid: Any, folder: Path | None) -> None:
+    """What a grid takes, as tables."""
+    from ablation.forecast import forecast
+
+    expected = forecast(grid, folder)
+    for name, counts in expected.counts.items():
+        table = Table(name, "trials", title_justify="left")
+        for value, count in counts.items():
+            table.add_row(value, f"{count:,}")
+        out.print(table)
+    summary("what to expect; nothing was run", expected.rows)
 
 
 def _show_metrics(run: Path, answer: dict[str, Any], as_json: bool) -> None:

@@ -87,15 +87,16 @@ def run_demo(folder: Path, source: str | None, task: str, bar: Bars) -> Answer:
         )
     grid = GridConfig(dataset=str(dataset.resolve()), seeds=_SEEDS, training=training)
     trials = len(grid.arms) * len(grid.seeds)
-    with bar(Stage(f"ablate ({trials} trainings)", trials * training.epochs)) as update:
-        counts = run_grid(grid, folder / "ablation", progress=update)
+    ablation = folder / "ablation"
+    with bar(Stage(f"ablate ({trials} trainings)", trials)) as update:
+        counts = run_grid(grid, ablation, progress=lambda at: update(at.share))
     if counts["failed"]:
         raise RunFailed(
             f"{counts['failed']} trials failed",
-            remedy=f"see {folder / 'ablation' / 'results.jsonl'}; run the demo again to retry",
+            remedy=f"xtal ablate status {ablation} shows why; run the demo again to retry",
         )
-    report = write_report(folder / "ablation", dataset=dataset)
-    sentences = _sentences(folder / "ablation", training)
+    report = write_report(ablation, dataset=dataset)
+    sentences = _sentences(ablation, training)
     return Answer(sentences if source else (*sentences, _CAVEAT), report)
 
 

@@ -32,7 +32,8 @@ class Draws:
         digest = hashlib.sha256(f"{arm}:{seed}".encode()).digest()
         self._word = int.from_bytes(digest[:8], "big", signed=True)
         self._data = data
-        self._drawn = 0
+        self.drawn = 0
+        """Numbers a crystal or point that were drawn so far."""
 
     @cached_property
     def _key_N(self) -> Tensor:
@@ -61,8 +62,8 @@ class Draws:
         return _normal(self.uniform_P(columns))
 
     def _uniform(self, key: Tensor, columns: int) -> Tensor:
-        number = torch.arange(self._drawn + 1, self._drawn + columns + 1, device=key.device)
-        self._drawn += columns
+        number = torch.arange(self.drawn + 1, self.drawn + columns + 1, device=key.device)
+        self.drawn += columns
         drawn = _mixed(key[:, None] + number * _STEP)
         return (_shifted(drawn, 64 - _BITS).double() + 0.5) * 2.0**-_BITS
 

@@ -1,50 +1,146 @@
-"""The grid: which trainings an ablation is made of."""
+"""The grid as its TOML file states it: tasks × models × arms × strengths × modes × seeds.
 
-import hashlib
-import json
-from dataclasses import dataclass
-from itertools import product
+`ablation.plan` makes trials of it. The grids that come with the program lie in `grids/`.
+"""
+
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from ablation.perturbations import ARMS
+from ablation.perturbations import ARMS, strength_of
 from cluster.config import Config, build_config, read_toml
 from cluster.errors import UserError
-from training.config import TrainingConfig
+from training.config import ModelName, TrainingConfig
+from training.tasks import TASKS, TaskName
+
+Mode = Literal["retrain", "test_only", "train_only"]
+REFERENCE = "none"
+GRIDS = Path(__file__).parent / "grids"
+_SIX = (
+    REFERENCE,
+    "intensity_binary",
+    "intensity_shuffled",
+    "intensity_scaled",
+    "directions_random",
+    "basis_only",
+)
+# Settings of a training that the grid itself decides, and what to write instead.
+_DECIDED = {"seed": "seeds = [0, 1, 2]", "workers": "processes = 2", "restarts": "retries = 2"}
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} names something twice")
+    return values
+
+
+class ArmChoice(Config):
+    """An arm with the strengths to apply it at."""
+
+    name: str
+    """A perturbation."""
+    strengths: tuple[float, ...] | Literal["ladder"] | None = None
+    """Doses in the arm's unit; "ladder" takes the arm's own series, none given its default."""
+
+    @model_validator(mode="after")
+    def _known(self) -> "ArmChoice":
+        if self.name not in ARMS:
+            raise ValueError(f"unknown arm {self.name}; arms are {', '.join(ARMS)}")
+        if self.strengths == "ladder" and ARMS[self.name].strength is None:
+            raise ValueError(f"arm {self.name} has no strength, hence no ladder")
+        if self.strengths == ():
+            raise ValueError(f"arm {self.name}: no strength given; leave the key out")
+        _distinct(self.doses)
+        for dose in self.doses:
+            strength_of(self.name, dose)
+        return self
+
+    @property
+    def doses(self) -> tuple[float | None, ...]:
+        """Strengths, resolved; (None,) of an arm without."""
+        known = ARMS[self.name].strength
+        if self.strengths == "ladder" and known is not None:
+            return tuple(map(float, known.ladder))
+        if isinstance(self.strengths, tuple):
+            return self.strengths
+        return (None,) if known is None else (float(known.default),)
+
+
+class Exclusion(Config):
+    """Trials to leave out: all whose values are among those given here."""
+
+    task: tuple[TaskName, ...] = ()
+    """Tasks; none given: all. The other keys likewise."""
+    model: tuple[ModelName, ...] = ()
+    """Models."""
+    arm: tuple[str, ...] = ()
+    """Arms."""
+    mode: tuple[Mode, ...] = ()
+    """Modes."""
+    strength: tuple[float, ...] = ()
+    """Strengths."""
+    seed: tuple[int, ...] = ()
+    """Seeds."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else (value,)
+
+    def covers(self, **trial: Any) -> bool:
+        """Whether a trial of these values is left out."""
+        given = {name: values for name, values in self.model_dump().items() if values}
+        return all(trial[name] in values for name, values in given.items())
 
 
 class GridConfig(Config):
-    """A grid as its TOML file states it: one task, arms × seeds, one training setup."""
+    """A grid; its reference arm none is trained with every task, model and seed."""
 
     dataset: str
     """Folder that `xtal featurize` wrote; relative paths start at the grid's file."""
-    arms: tuple[str, ...] = (
-        "none",
-        "intensity_binary",
-        "intensity_shuffled",
-        "intensity_scaled",
-        "directions_random",
-        "basis_only",
-    )
-    """Perturbations to compare; must include none, the reference."""
+    tasks: tuple[TaskName, ...] = ()
+    """Questions; by default the one of [training]."""
+    models: tuple[ModelName, ...] = ()
+    """Networks and trees; by default the one of [training]."""
+    arms: tuple[ArmChoice, ...] = tuple(ArmChoice(name=name) for name in _SIX)
+    """Perturbations to compare, by name or as {name = "…", strengths = […]}; none is the
+    reference and must be there."""
+    modes: tuple[Mode, ...] = ("retrain",)
+    """retrain: train and test perturbed; test_only: the model of none meets perturbed clouds;
+    train_only: a model of perturbed clouds meets those of none."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each arm is trained once a seed; differences are paired by seed."""
+    """Each condition is trained once a seed; differences are paired by seed."""
+    exclude: tuple[Exclusion, ...] = ()
+    """Trials to leave out, such as {model = "boosted", arm = "pose_fixed"}."""
     processes: int = Field(default=0, ge=0)
     """Trials that run side by side; 0 takes one a processor core."""
+    retries: int = Field(default=2, ge=0, le=100)
+    """How often a failed trial is tried again before it is listed as failed."""
     training: TrainingConfig = TrainingConfig()
     """Everything else of a training; its seed is set by the grid."""
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Model or task → its own settings: [training.NAME] in the file."""
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _names(cls, arms: Any) -> Any:
+        if not isinstance(arms, list | tuple):
+            return arms
+        return tuple({"name": arm} if isinstance(arm, str) else arm for arm in arms)
 
     @field_validator("arms")
     @classmethod
-    def _arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [arm for arm in arms if arm not in ARMS]
-        if unknown:
-            raise ValueError(f"unknown arm {', '.join(unknown)}; arms are {', '.join(ARMS)}")
-        if "none" not in arms:
+    def _arms(cls, arms: tuple[ArmChoice, ...]) -> tuple[ArmChoice, ...]:
+        _distinct(tuple(arm.name for arm in arms))
+        if REFERENCE not in [arm.name for arm in arms]:
             raise ValueError("the reference arm none is missing")
-        return _distinct(arms)
+        return arms
+
+    @field_validator("tasks", "models", "modes")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _distinct(values)
 
     @field_validator("seeds")
     @classmethod
@@ -53,51 +149,117 @@ class GridConfig(Config):
             raise ValueError("at least one seed is needed, none below 0, each less than 2⁶³")
         return _distinct(seeds)
 
+    @model_validator(mode="after")
+    def _whole(self) -> "GridConfig":
+        if not self.modes:
+            raise ValueError(f"modes = []: give some of {', '.join(get_args(Mode))}")
+        there: dict[str, set[Any]] = {
+            "task": set(self.all_tasks),
+            "model": set(self.all_models),
+            "arm": {arm.name for arm in self.arms},
+            "mode": set(self.modes),
+            "strength": {dose for arm in self.arms for dose in arm.doses},
+            "seed": set(self.seeds),
+        }
+        for number, exclusion in enumerate(self.exclude):
+            given = {name: values for name, values in exclusion.model_dump().items() if values}
+            if not given:
+                raise ValueError(f"exclude.{number} says nothing, which would leave out all")
+            for name, values in given.items():
+                if strange := sorted(map(str, set(values) - there[name])):
+                    raise ValueError(
+                        f"exclude.{number}: the grid has no {name} {', '.join(strange)}"
+                    )
+        if strange := sorted(set(self.overrides) - there["task"] - there["model"]):
+            raise ValueError(
+                f"[training.{strange[0]}]: the grid has no such task or model; it has "
+                f"{', '.join((*self.all_tasks, *self.all_models))}"
+            )
+        if len(self.all_tasks) > 1 and self.training.threshold is not None:
+            raise ValueError(
+                f"threshold = {self.training.threshold:g} of several tasks; give it under "
+                f"[training.{self.all_tasks[0]}]"
+            )
+        return self
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One training of the grid."""
+    @property
+    def all_tasks(self) -> tuple[TaskName, ...]:
+        """The questions."""
+        return self.tasks or (self.training.task,)
 
-    id: str  # hash of all that decides its result
-    arm: str
-    training: TrainingConfig
+    @property
+    def all_models(self) -> tuple[ModelName, ...]:
+        """The models."""
+        return self.models or (self.training.model,)
+
+    def training_of(self, task: TaskName, model: ModelName, seed: int) -> TrainingConfig:
+        """The whole configuration of one training.
+
+        Raises:
+            UserError: the settings of this task and this model do not go together.
+        """
+        own = self.overrides.get(task, {}) | self.overrides.get(model, {})
+        values = self.training.model_dump() | own | {"task": task, "model": model, "seed": seed}
+        return build_config(
+            TrainingConfig, values, where=f"[training] of task {task} and model {model}"
+        )
 
 
 def read_grid(path: Path, **overrides: Any) -> GridConfig:
     """Parse and validate a grid file; `overrides` that are not None replace its keys.
 
+    Args:
+        path: a file, or the name of one in `grids/`, such as paper.
+
     Raises:
         UserError: naming each wrong key or value.
     """
+    shipped = GRIDS / f"{path.name}.toml"
+    if not path.exists() and path.parent == Path() and shipped.exists():
+        path = shipped
     values = read_toml(path)
     training = values.pop("training", {})
     if not isinstance(training, dict):
         raise UserError(f"{path}: training = {training!r}", remedy="write a table: [training]")
-    for key, instead in (("seed", "seeds = [0, 1, 2]"), ("workers", "processes = 2")):
-        if key in training:
+    tables = {key: value for key, value in training.items() if isinstance(value, dict)}
+    own = {name: table for name, table in tables.items() if _is_name(name)}
+    shared = {key: value for key, value in training.items() if key not in own}
+    for key, several in (("task", "tasks"), ("model", "models")):
+        if key in shared and several in values:
             raise UserError(
-                f"{path}: training.{key} = {training[key]!r} has no place in a grid",
-                remedy=f"use {instead} at the top of the file",
+                f"{path}: both {several} = {values[several]!r} and training.{key} = "
+                f"{shared[key]!r}",
+                remedy=f"keep {several}",
             )
-    values["training"] = build_config(TrainingConfig, training, where=f"{path} [training]")
+    for name, table in (("", shared), *own.items()):
+        for key, instead in _DECIDED.items():
+            if key in table:
+                dotted = ".".join(filter(None, ("training", name, key)))
+                raise UserError(
+                    f"{path}: {dotted} = {table[key]!r} has no place in a grid",
+                    remedy=f"use {instead} at the top of the file",
+                )
+        if name:
+            build_config(TrainingConfig, _without(table, path, name), where=f"{path} [{name}]")
+    values["training"] = build_config(TrainingConfig, shared, where=f"{path} [training]")
+    values["overrides"] = own
     given = {key: value for key, value in overrides.items() if value is not None}
     if "dataset" in values and "dataset" not in given:
         values["dataset"] = str((path.parent / str(values["dataset"])).resolve())
     return build_config(GridConfig, values | given, where=str(path))
 
 
-def trials(grid: GridConfig, dataset_hash: str) -> list[Trial]:
-    """All trials, seeds outermost, so that every arm has a result early."""
-    planned = []
-    for seed, arm in product(grid.seeds, grid.arms):
-        training = grid.training.model_copy(update={"seed": seed})
-        decides = [dataset_hash, arm, training.deciding()]
-        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-        planned.append(Trial(digest[:16], arm, training))
-    return planned
+def _is_name(name: str) -> bool:
+    """Whether it names a task or a model."""
+    models = [each for part in get_args(ModelName) for each in get_args(part) or (part,)]
+    return name in TASKS or name in models
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(values)) < len(values):
-        raise ValueError(f"{values} names something twice")
-    return values
+def _without(table: dict[str, Any], path: Path, name: str) -> dict[str, Any]:
+    """A model's or task's own settings, in a form that can be checked alone."""
+    for key in ("task", "model"):
+        if key in table:
+            raise UserError(
+                f"{path}: training.{name}.{key} = {table[key]!r}", remedy=f"leave {key} out"
+            )
+    return {"task": name, **table} if name in TASKS else {"model": name, **table}

@@ -1,295 +1,271 @@
-"""Run a grid of trials on long-lived Ray actors; what is done is never done again.
+"""Run a grid on long-lived Ray workers; what is done is never done again.
 
-`OUT/results.jsonl` is the record: one line a trial, appended and fsynced when it ends. The tables
-are made from it and from the trials' predictions whenever the grid is complete.
+The driver alone writes the record (`ablation.record`); workers keep checkpoints of the trainings
+at work in `OUT/fits/`. Kill any of them, or all: the same command goes on.
 """
 
-import json
 import os
+import shutil
 import time
-import traceback
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from ablation.grid import GridConfig, Trial, trials
-from ablation.perturbations import ARMS, describe, perturb
+from ablation import layout
+from ablation.claim import Claim, driving
+from ablation.grid import REFERENCE, GridConfig
+from ablation.jobs import Group, Job, Queue
+from ablation.plan import Fit, Trial, plan
+from ablation.record import Record
+from ablation.status import Standing, standing
 from ablation.tables import write_statistics
-from cluster.errors import UserError
-from cluster.files import replacing, write_text
-from cluster.provenance import commit, provenance
+from ablation.variants import Source, Variants
+from ablation.worker import Failure, Shared, Worker
+from cluster import memory
+from cluster.errors import RunFailed, Stopped
+from cluster.provenance import commit
 from cluster.ray_session import cards, cores, ray_for
-from featurization.config import RadiationName
-from featurization.crystal import ATTRIBUTION
+from featurization.guard import StopSignals
 from featurization.manifest import read_manifest
-from training.config import NOT_DECIDING
-from training.dataset import CloudSet, load
-from training.ensemble import fit_members, load_members
-from training.evaluate import prediction_table, predictions_of
-from training.loop import CHECKPOINT, MODEL
-from training.metrics import METRICS, score
-from training.split import Parts
+from training.dataset import load
+from training.ensemble import folders
+from training.loop import MODEL
 
-_RECORD = "results.jsonl"
+_LOOK = 2.0  # s between looks at how far trainings are
 
 
 def run_grid(
-    grid: GridConfig, out: Path, progress: Callable[[int], None] = lambda epochs: None
+    grid: GridConfig, out: Path, progress: Callable[[Standing], None] = lambda at: None
 ) -> dict[str, int]:
     """Run the trials of a grid that have no result in `out` yet, then write its tables.
 
     Args:
-        progress: called with the number of epochs that are finished, over all trials.
+        progress: called a few times a second with how far the grid is.
 
-    `out` gets grid.json, results.jsonl, results.parquet, predictions-TASK.parquet, trials/ID/ and
-    what `ablation.tables` writes.
+    `out` gets what `ablation.layout` and `ablation.record` say, `datasets/` of arms that are
+    featurized anew, and `fits/` of trainings at work; models of the reference stay there if
+    `test_only` trials need them.
 
     Returns:
         Numbers of trials: `done`, `failed`, `skipped` (done before).
 
     Raises:
-        UserError: no dataset, no usable classes, or `out` holds another grid.
+        UserError: no dataset, no usable classes, `out` holds another grid, or another driver is at
+            work there.
+        RunFailed: Ray lost its workers again and again, or another driver has taken over.
+        Stopped: by a signal; all that is done is recorded.
     """
-    dataset = Path(grid.dataset)
-    manifest = read_manifest(dataset)
-    planned = trials(grid, manifest["content_hash"])
-    data = load(dataset, grid.training.radiation)
-    parts = Parts.of(data, grid.training)
-    _claim(out, grid, manifest, parts)
-    before = _results(out)
-    todo = [t for t in planned if not _is_done(out, t, before)]
-    if todo:
-        _run(todo, len(planned), out, dataset, grid, progress)
-    results = _results(out)
-    done = [trial for trial in planned if results[trial.id]["status"] == "done"]
-    if len(done) == len(planned):
-        _write_tables(out, planned, results)
-        write_statistics(out, dataset=dataset)
-    return {
-        "done": len(done),
-        "failed": len(planned) - len(done),
-        "skipped": len(planned) - len(todo),
-    }
+    out = out.resolve()
+    manifest = read_manifest(Path(grid.dataset))
+    planned = plan(grid, manifest["content_hash"])
+    layout.refuse_strangers(out)
+    data = load(Path(grid.dataset), grid.training.radiation)
+    with driving(out) as claim:
+        layout.begin(out, grid, manifest, data)
+        del data
+        record = Record.mended(out)
+        todo = [trial for trial in planned if not record.is_done(trial.id)]
+        if todo:
+            with StopSignals() as signals:
+                driver = _Driver(grid, out, planned, record, claim, signals, progress)
+                driver.run(todo)
+        done = layout.write_tables(out)
+        if done == len(planned):
+            write_statistics(out, dataset=Path(grid.dataset))
+    return {"done": done, "failed": len(planned) - done, "skipped": len(planned) - len(todo)}
 
 
-def run_trial(data: CloudSet, trial: Trial, folder: Path) -> dict[str, Any]:
-    """One trial on the reference data of its grid; returns its row of the results.
+class _Driver:
+    """Hands jobs to workers and writes down what they give."""
 
-    Perturbs, trains (from the trial's checkpoint if there is one), predicts the test split and
-    leaves `predictions.parquet` in `folder`.
-    """
-    start = time.perf_counter()
-    config = trial.training
-    perturbed = perturb(data, trial.arm, None, config.seed)
-    parts = Parts.of(perturbed, config)
-    identity = {"trial": trial.id, "arm": trial.arm}
-    fit_members(folder, perturbed, config, identity=identity, resume=True)
-    probabilities = predictions_of(load_members(folder, config), perturbed, parts)
-    table = prediction_table(perturbed, parts, {"test": probabilities["test"]})
-    with replacing(folder / "predictions.parquet") as temporary:
-        pq.write_table(table, temporary)
-    scores = score(parts.target_N[parts.rows["test"]].numpy(), probabilities["test"])
-    for name in (CHECKPOINT, MODEL):
-        for path in folder.rglob(name):
-            path.unlink()
-    return (
-        {"status": "done"}
-        | {name: float(scores[name][0]) for name in METRICS}
-        | {"seconds": round(time.perf_counter() - start, 3)}
-    )
+    def __init__(
+        self,
+        grid: GridConfig,
+        out: Path,
+        planned: list[Trial],
+        record: Record,
+        claim: Claim,
+        signals: StopSignals,
+        progress: Callable[[Standing], None],
+    ) -> None:
+        self._grid, self._out, self._planned = grid, out, planned
+        self._record, self._claim, self._signals = record, claim, signals
+        self._progress = progress
+        self._variants = Variants(Path(grid.dataset), out)
+        self._shared: dict[Source, Any] = {}
+        self._attempts: Counter[Job] = Counter()
+        self._commit = commit()
+        self._looked = 0.0
+        self._kept = {t.fit.id for t in planned if t.mode == "test_only"}
 
+    def run(self, todo: list[Trial]) -> None:
+        """All trials that have no result."""
+        queue = Queue(self._jobs(todo), {fit for fit in self._kept if self._has_model(fit)})
+        processes = min(self._grid.processes or cores(), len(queue))
+        for source in sorted(queue.sources(), key=lambda source: source.name):
+            self._variants.featurize(source, min(processes, os.cpu_count() or 1))
+        with ExitStack() as held:
+            held.enter_context(ray_for(processes))
+            held.callback(self._shared.clear)
+            self._drive(queue, processes)
+        waiting = {t.fit.id for t in self._planned if not self._record.is_done(t.id)}
+        for folder in (self._out / "fits").glob("*"):  # of workers that outlived their driver
+            if folder.name not in self._kept | waiting:
+                shutil.rmtree(folder, ignore_errors=True)
 
-class _Trainer:
-    """A Ray actor: holds the dataset and runs one trial after the other."""
-
-    def __init__(self, dataset: str, radiation: RadiationName | None, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._data = load(Path(dataset), radiation)
-
-    def run(self, trial: Trial, folder: str) -> dict[str, Any]:
-        try:
-            return run_trial(self._data, trial, Path(folder))
-        except Exception:
-            return {"status": "failed", "error": traceback.format_exc()}
-
-
-def _run(
-    todo: list[Trial],
-    total: int,
-    out: Path,
-    dataset: Path,
-    grid: GridConfig,
-    progress: Callable[[int], None],
-) -> None:
-    processes = min(grid.processes or cores(), len(todo))
-    finished = total - len(todo)
-    failed = 0
-    made_by = commit()
-    epochs = grid.training.epochs
-    with ray_for(processes):
+    def _drive(self, queue: Queue, processes: int) -> None:
         import ray
 
         # Ray takes whole GPUs, or equal parts of one that several trials then share.
         gpus = cards(torch.cuda.device_count())
         share = 0 if not gpus else 1 / max(1, -(-processes // gpus))
-        kind: Any = ray.remote(num_cpus=1, num_gpus=share)(_Trainer)
+        kind: Any = ray.remote(num_cpus=1, num_gpus=share)(Worker)
         threads = max(1, cores() // processes)
-        idle = [
-            kind.remote(str(dataset), grid.training.radiation, threads) for _ in range(processes)
-        ]
-        running: dict[Any, tuple[Any, Trial]] = {}
-        queue = list(todo)
+        room = memory.available() // (4 * min(processes, os.cpu_count() or 1))
+
+        def hired() -> Any:
+            return kind.remote(self._out, threads, room)
+
+        idle: list[tuple[Any, Group | None]] = [(hired(), None) for _ in range(processes)]
+        running: dict[Any, tuple[Any, Job]] = {}
+        lost = 0  # workers, one after the other, without a job done between
         while queue or running:
-            while queue and idle:
-                actor, trial = idle.pop(), queue.pop(0)
-                folder = out.resolve() / "trials" / trial.id
-                folder.mkdir(parents=True, exist_ok=True)
-                running[actor.run.remote(trial, str(folder))] = actor, trial
-            done, _ = ray.wait(list(running), timeout=0.5)
-            for reference in done:
-                actor, trial = running.pop(reference)
+            if self._signals.received:
+                raise Stopped(
+                    f"stopped by {self._signals.received}; what is done is recorded",
+                    remedy="give the same command again",
+                )
+            waiting = []
+            for worker, last in idle:
+                if (job := queue.take(last)) is None:
+                    waiting.append((worker, last))
+                else:
+                    running[self._start(worker, job)] = worker, job
+            idle = waiting
+            assert running, "jobs wait for each other"
+            ended, _ = ray.wait(list(running), timeout=0.5)
+            for reference in ended:
+                worker, job = running.pop(reference)
+                queue.ended(job)
                 try:
-                    row = ray.get(reference)
-                except ray.exceptions.RayError as error:  # the actor itself is gone
-                    row = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-                    actor = kind.remote(str(dataset), grid.training.radiation, threads)
-                _append(out / _RECORD, _identify(trial, made_by) | row)
-                idle.append(actor)
-                finished += row["status"] == "done"
-                failed += row["status"] == "failed"
-            partial = sum(_epochs(out / "trials" / t.id) for _, t in running.values())
-            whole = (finished + failed) * epochs
-            progress(whole + partial)
+                    answers = ray.get(reference)
+                except ray.exceptions.RayError as error:  # the worker itself is gone
+                    lost, worker = lost + 1, hired()
+                    if lost > 3 * processes + 10:
+                        raise RunFailed(
+                            f"Ray lost {lost} workers in a row: {error}",
+                            remedy="see whether memory or nodes fail; the same command goes on",
+                        ) from None
+                    answers = Failure(f"{type(error).__name__}: {error}", hopeless=False)
+                else:
+                    lost = 0
+                if isinstance(answers, Failure):
+                    self._failed(queue, job, answers)
+                else:
+                    self._done(queue, job, answers)
+                idle.append((worker, job.group))
+            self._tell([job for _, job in running.values()], processes, queue)
 
+    def _jobs(self, todo: list[Trial]) -> list[Job]:
+        """One a training, the references first; then one an arm, strength and seed to test."""
+        trainings: dict[str, list[Trial]] = {}
+        tests: dict[Any, list[Trial]] = {}
+        needed: dict[str, Fit] = {}
+        for trial in todo:
+            if trial.mode == "test_only":
+                radiation = trial.training.radiation
+                source = self._variants.of(trial.arm, trial.strength, radiation)
+                group = trial.arm, trial.strength, trial.training.seed
+                tests.setdefault((source, group), []).append(trial)
+                if not self._has_model(trial.fit.id):
+                    needed[trial.fit.id] = trial.fit
+                    trainings.setdefault(trial.fit.id, [])
+            else:
+                needed[trial.fit.id] = trial.fit
+                trainings.setdefault(trial.fit.id, []).append(trial)
+        fits = sorted(trainings, key=lambda fit: needed[fit].arm != REFERENCE)
+        jobs = []
+        for fit in (needed[name] for name in fits):
+            source = self._variants.of(fit.arm, fit.strength, fit.training.radiation)
+            group = fit.arm, fit.strength, fit.training.seed
+            jobs.append(Job(fit, tuple(trainings[fit.id]), source, group))
+        return jobs + [
+            Job(None, tuple(trials), source, group) for (source, group), trials in tests.items()
+        ]
 
-def _identify(trial: Trial, made_by: str) -> dict[str, Any]:
-    return {
-        "trial": trial.id,
-        "task": trial.training.task,
-        "model": trial.training.model,
-        "arm": trial.arm,
-        "strength": None,
-        "mode": "retrain",
-        "seed": trial.training.seed,
-        "commit": made_by,
-    }
+    def _start(self, worker: Any, job: Job) -> Any:
+        """Reference to the answers of a job."""
+        base = self._variants.base((job.fit or job.trials[0].fit).training.radiation)
+        given = job.fit, list(job.trials), self._share(base), self._share(job.source)
+        return worker.attempt.options(name=job.title).remote(*given)
 
+    def _share(self, source: Source) -> Any:
+        """One copy a node of the clouds that several jobs start from."""
+        import ray
 
-def _claim(out: Path, grid: GridConfig, manifest: dict[str, Any], parts: Parts) -> None:
-    """Write `grid.json`; refuse a folder whose grid asks another question or has other data."""
-    task = grid.training.question
-    description = {
-        "tasks": {
-            task.name: {
-                "title": task.title,
-                "question": task.question,
-                "unit": task.unit,
-                "threshold": task.threshold,
-                "classes": list(task.classes),
-                "class_counts": parts.class_counts(task.classes),
-            }
-        },
-        "models": [grid.training.model],
-        "arms": [
-            {"name": arm, "family": ARMS[arm].family, "description": describe(arm)}
-            for arm in grid.arms
-        ],
-        "seeds": list(grid.seeds),
-        "trials": len(grid.arms) * len(grid.seeds),
-        "primary_metric": "auroc",
-        "dataset": grid.dataset,
-        "dataset_summary": {
-            key: manifest[key]
-            for key in ("sources", "structures", "rejected", "points", "content_hash", "config")
-        },
-        "training": grid.training.model_dump(exclude={"seed"}),
-        "provenance": provenance(),
-        "attribution": ATTRIBUTION,
-    }
-    path = out / "grid.json"
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("training", "dataset_summary"):
-            asked = json.loads(json.dumps(description[key]))
-            changed = {k for k in asked if there[key].get(k) != asked[k]} - NOT_DECIDING
-            if changed:
-                raise UserError(
-                    f"{out} holds another grid: {key}: {', '.join(sorted(changed))} differ",
-                    remedy="give a new folder; only arms and seeds may be added to a grid",
-                )
-    elif out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file", remedy="give the path of a new folder")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no grid", remedy="give a new folder")
-    write_text(path, json.dumps(description, indent=1, ensure_ascii=False))
+        if source not in self._shared:
+            data = load(source.folder, source.radiation)
+            self._shared[source] = ray.put(Shared.of(source.name, data))
+        return self._shared[source]
 
+    def _done(self, queue: Queue, job: Job, answers: list[Any]) -> None:
+        self._claim.check()
+        for answer in answers:
+            row = answer.trial.identity | {"status": "done"} | answer.row
+            self._record.add(row | {"commit": self._commit}, answer.probability_NC)
+        if job.fit is not None:
+            queue.trained.add(job.fit.id)
+            if job.fit.id not in self._kept:
+                shutil.rmtree(self._folder(job.fit.id), ignore_errors=True)
 
-def _is_done(out: Path, trial: Trial, results: dict[str, dict[str, Any]]) -> bool:
-    recorded = results.get(trial.id, {}).get("status") == "done"
-    return recorded and (out / "trials" / trial.id / "predictions.parquet").exists()
+    def _failed(self, queue: Queue, job: Job, failure: Failure) -> None:
+        """Put a job back, or write down that its trials failed, and those that need its model."""
+        self._claim.check()
+        if job.fit is None and len(job.trials) > 1:  # one of them may be to blame
+            for trial in job.trials:
+                queue.back(Job(None, (trial,), job.source, job.group))
+            return
+        self._attempts[job] += 1
+        if not failure.hopeless and self._attempts[job] <= self._grid.retries:
+            queue.back(job)
+            return
+        rows = dict.fromkeys(job.trials, failure.traceback)
+        if job.fit is not None:
+            reason = f"the training that it tests has failed: {failure.traceback}"
+            rows |= dict.fromkeys(queue.without(job.fit), reason)
+        for trial, text in rows.items():
+            row = trial.identity | {"status": "failed", "attempts": self._attempts[job]}
+            self._record.add(row | {"commit": self._commit, "error": text})
 
+    def _tell(self, running: list[Job], processes: int, queue: Queue) -> None:
+        """Report how far the grid is, now and then."""
+        if time.monotonic() < self._looked + _LOOK and (queue or running):
+            return
+        self._looked = time.monotonic()
+        at_work = {job.title: self._part(job) for job in running}
+        self._claim.say(processes=processes, running=list(at_work))
+        self._progress(standing(self._planned, self._record.rows, at_work, processes))
 
-def _results(out: Path) -> dict[str, dict[str, Any]]:
-    """Trial → its last line in the record; a line torn by a crash is not there."""
-    rows: dict[str, dict[str, Any]] = {}
-    try:
-        lines = (out / _RECORD).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        return rows
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows[row["trial"]] = row
-    return rows
+    def _part(self, job: Job) -> float:
+        """Trials of a job that are as good as done, by its finished epochs."""
+        if job.fit is None:
+            return 0.0
+        epochs = 0
+        for folder in folders(self._folder(job.fit.id), job.fit.training):
+            try:
+                epochs += len((folder / "history.csv").read_text().splitlines()) - 1
+            except FileNotFoundError:
+                continue
+        config = job.fit.training
+        return len(job.trials) * epochs / (config.members * config.passes)
 
+    def _folder(self, fit: str) -> Path:
+        return self._out / "fits" / fit
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    # A leading newline closes a line that a crash has torn.
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write("\n" + json.dumps(row))
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _epochs(folder: Path) -> int:
-    """Epochs that a running trial has finished."""
-    try:
-        return len((folder / "history.csv").read_text().splitlines()) - 1
-    except FileNotFoundError:
-        return 0
-
-
-def _write_tables(out: Path, planned: list[Trial], results: dict[str, dict[str, Any]]) -> None:
-    parts = []
-    for trial in planned:
-        table = pq.read_table(out / "trials" / trial.id / "predictions.parquet")
-        row = results[trial.id]
-        texts = ("trial", "model", "arm", "mode")
-        who = {name: pa.array([row[name]] * len(table), pa.string()) for name in texts}
-        who["strength"] = pa.array([row["strength"]] * len(table), pa.float64())
-        who["seed"] = pa.array([row["seed"]] * len(table), pa.int64())
-        parts.append(pa.table(who | {n: table[n] for n in table.column_names if n != "split"}))
-    predictions = pa.concat_tables(parts)
-    rows = [results[trial.id] for trial in planned]
-    names = ("trial", "task", "model", "arm", "strength", "mode", "seed", "status")
-    columns = (*names, *METRICS, "seconds", "commit")
-    tables = {
-        "results": pa.table(
-            {
-                name: pa.array(
-                    [row[name] for row in rows], pa.float64() if name == "strength" else None
-                )
-                for name in columns
-            }
-        ),
-        f"predictions-{planned[0].training.task}": predictions,
-    }
-    for name, table in tables.items():
-        with replacing(out / f"{name}.parquet") as temporary:
-            pq.write_table(table, temporary)
+    def _has_model(self, fit: str) -> bool:
+        config = next(t.fit.training for t in self._planned if t.fit.id == fit)
+        return all((folder / MODEL).exists() for folder in folders(self._folder(fit), config))

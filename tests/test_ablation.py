@@ -2,38 +2,56 @@
 
 import json
 import os
-import signal
-import socket
-import stat
 import subprocess
-import sys
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from small import TINY, tiny
 
-from ablation import perturbations
-from ablation.grid import GridConfig, read_grid, trials
-from ablation.run import _results, _Trainer, run_grid, run_trial
-from cluster.errors import UserError
+from ablation import claim, layout, perturbations
+from ablation.claim import CLAIM, driving, read_claim
+from ablation.grid import GridConfig, read_grid
+from ablation.jobs import Job, Queue
+from ablation.plan import fits_of, plan
+from ablation.record import PREDICTIONS, RECORD, Record
+from ablation.run import run_grid
+from ablation.status import duration, standing, status
+from ablation.variants import Source
+from ablation.worker import Shared, Worker, _Kept
+from cluster.errors import RunFailed, UserError
+from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
-from training.config import NOT_DECIDING
-from training.metrics import METRICS
+from training.dataset import load
+from training.ensemble import fit_members, load_members
+from training.metrics import METRICS, score
 from training.split import Parts
 
 HASH = "0" * 64
 
 
+def literal(value):
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    return json.dumps(value)
+
+
 def toml(values):
     tables = {k: v for k, v in values.items() if isinstance(v, dict)}
-    lines = [f"{k} = {json.dumps(v)}" for k, v in values.items() if k not in tables]
+    lines = [f"{k} = {literal(v)}" for k, v in values.items() if k not in tables]
     for name, table in tables.items():
-        lines += [f"[{name}]", toml(table)]
+        dotted = {f"{name}.{k}": v for k, v in table.items() if isinstance(v, dict)}
+        lines += [
+            f"[{name}]",
+            toml({k: v for k, v in table.items() if f"{name}.{k}" not in dotted}),
+        ]
+        lines += [toml(dotted)]
     return "\n".join(lines) + "\n"
 
 
@@ -64,6 +82,28 @@ def grid_file(folder, **changes):
         ({"seeds": [0, -1]}, "none below 0"),
         ({"seeds": [0.5]}, "seeds.0 = 0.5"),
         ({"processes": -1}, "processes = -1"),
+        ({"retries": -1}, "retries = -1"),
+        ({"tasks": ["hardness"], "training": {}}, "tasks.0 = 'hardness'"),
+        ({"tasks": ["band_gap"]}, r"both tasks = \['band_gap'\] and training.task"),
+        ({"models": ["pointnet", "pointnet"]}, "names something twice"),
+        ({"modes": ["retest"]}, "modes.0 = 'retest'"),
+        ({"modes": []}, r"modes = \[\]"),
+        ({"arms": ["none", {"name": "jitter9"}]}, "unknown arm jitter9"),
+        ({"arms": ["none", {"name": "basis_only", "dose": 3}]}, "arms.1.dose: unknown key"),
+        ({"arms": ["none", {"name": "basis_only", "strengths": [1.0]}]}, "has no strength"),
+        ({"arms": ["none", {"name": "basis_only", "strengths": "ladder"}]}, "hence no ladder"),
+        ({"arms": ["none", {"name": "intensity_scaled", "strengths": [7.0]}]}, "must be 0 to 6"),
+        ({"arms": ["none", {"name": "intensity_scaled", "strengths": [1, 1]}]}, "twice"),
+        ({"arms": ["none", {"name": "intensity_scaled", "strengths": []}]}, "no strength given"),
+        ({"exclude": [{"arms": "none"}]}, "exclude.0.arms: unknown key"),
+        ({"exclude": [{}]}, "exclude.0 says nothing"),
+        ({"exclude": [{"seed": 7}]}, "exclude.0: the grid has no seed 7"),
+        ({"exclude": [{"model": "boosted"}]}, "exclude.0: the grid has no model boosted"),
+        ({"training": TINY | {"boosted": {"trees": 3}}}, r"\[training.boosted\]: the grid has no"),
+        ({"training": TINY | {"pointnet": {"trees": -3}}}, r"\[pointnet\]: trees = -3"),
+        ({"training": TINY | {"pointnet": {"seed": 3}}}, r"training\.pointnet\.seed = 3"),
+        ({"training": TINY | {"pointnet": {"model": "boosted"}}}, r"training\.pointnet\.model"),
+        ({"training": TINY | {"neuralnet": {"trees": 3}}}, "neuralnet: unknown key"),
     ],
 )
 def test_wrong_grids_are_refused_by_name(tmp_path, changes, names):
@@ -96,15 +136,75 @@ def test_a_dataset_is_relative_to_the_grids_file(tmp_path, monkeypatch):
     assert read_grid(grid_file(tmp_path)).training == tiny()
 
 
+# --- the plan ------------------------------------------------------------------------------------
+
+SIX = [arm.name for arm in GridConfig(dataset="x").arms]
+
+
 def test_trials_are_all_pairs_with_ids_of_their_own():
     grid = GridConfig(dataset="x", seeds=(3, 1), training=tiny())
-    planned = trials(grid, HASH)
-    assert [(t.training.seed, t.arm) for t in planned] == [
-        (seed, arm) for seed in (3, 1) for arm in grid.arms
-    ]
-    assert len({t.id for t in planned}) == 12
-    assert [t.id for t in trials(grid, HASH)] == [t.id for t in planned]
+    planned = plan(grid, HASH)
+    assert [(t.training.seed, t.arm) for t in planned] == [(s, arm) for s in (3, 1) for arm in SIX]
+    assert len({t.id for t in planned}) == len({t.fit.id for t in planned}) == 12
+    assert [t.id for t in plan(grid, HASH)] == [t.id for t in planned]
     assert all(t.training == tiny(seed=t.training.seed) for t in planned)
+
+
+def large_grid(**changes):
+    values = {
+        "dataset": "x",
+        "tasks": ["bulk_modulus", "crystal_system"],
+        "models": ["pointnet", "boosted"],
+        "arms": ["none", "basis_only", {"name": "intensity_scaled", "strengths": "ladder"}],
+        "modes": ["retrain", "test_only", "train_only"],
+        "seeds": [0, 1],
+        "overrides": {"boosted": {"trees": 7}, "bulk_modulus": {"threshold": 50.0}},
+    }
+    return GridConfig(**(values | changes))
+
+
+def test_a_training_serves_several_trials():
+    planned = plan(large_grid(), HASH)
+    doses = perturbations.ARMS["intensity_scaled"].strength.ladder
+    per_place = 1 + 3 * (1 + len(doses))  # the reference has one mode
+    assert len(planned) == 2 * 2 * 2 * per_place
+    assert len({t.id for t in planned}) == len(planned)
+    assert len(fits_of(planned)) == 2 * 2 * 2 * (1 + 1 + len(doses))
+    for trial in planned:
+        assert (trial.fit.arm, trial.fit.strength) == (
+            ("none", None) if trial.mode == "test_only" else (trial.arm, trial.strength)
+        )
+        assert trial.training.trees == (7 if trial.training.model == "boosted" else 1500)
+        assert trial.training.threshold == {"bulk_modulus": 50.0}.get(trial.training.task)
+    assert planned[0].arm == "none"
+    scaled = {t.strength for t in planned if t.arm == "intensity_scaled"}
+    assert scaled == set(doses)
+    assert len(plan(large_grid(modes=["test_only"]), HASH)) == 2 * 2 * 2 * (2 + len(doses))
+
+
+def test_exclusions_leave_out_what_they_name():
+    everything = {t.id for t in plan(large_grid(), HASH)}
+    out = {"model": "boosted", "mode": ["test_only", "train_only"]}
+    left = plan(large_grid(exclude=[out, {"arm": "basis_only", "seed": 1}]), HASH)
+    gone = [t for t in plan(large_grid(), HASH) if t.id not in {t.id for t in left}]
+    assert {t.id for t in left} < everything
+    assert all(
+        (t.training.model == "boosted" and t.mode != "retrain")
+        or (t.arm == "basis_only" and t.training.seed == 1)
+        for t in gone
+    )
+    assert not any(t.arm == "basis_only" and t.training.seed == 1 for t in left)
+    with pytest.raises(UserError, match="but not its reference"):
+        plan(large_grid(exclude=[{"arm": "none", "seed": 1}]), HASH)
+    with pytest.raises(UserError, match="has no trial"):
+        plan(large_grid(exclude=[{"seed": [0, 1]}]), HASH)
+
+
+def test_a_name_alone_takes_the_default_strength():
+    grid = large_grid(arms=["none", "intensity_scaled"])
+    assert {t.strength for t in plan(grid, HASH)} == {None, 2.0}
+    same = large_grid(arms=["none", {"name": "intensity_scaled", "strengths": [2.0]}])
+    assert [t.id for t in plan(same, HASH)] == [t.id for t in plan(grid, HASH)]
 
 
 CHANGES = {
@@ -124,132 +224,360 @@ CHANGES = {
     "radiation": "neutron",
     "pose": "axis",
     "resamples": 200,
-    "workers": 2,
-    "checkpoint_steps": 7,
-    "checkpoint_seconds": 7.0,
-    "restarts": 7,
+    "also": ("bulk_modulus",),
+    "init": "run",
 }
 
 
 def test_ids_change_with_all_that_matters_and_nothing_else():
     def first(training, dataset_hash=HASH, dataset="x", processes=0):
         grid = GridConfig(dataset=dataset, processes=processes, training=training)
-        return trials(grid, dataset_hash)[0].id
+        return plan(grid, dataset_hash)[0].id
 
     base = first(tiny())
-    others = set(tiny().model_dump()) - CHANGES.keys()
-    assert others == {"seed", "threshold"}  # which are below
-    changed = {name for name, value in CHANGES.items() if first(tiny(**{name: value})) != base}
-    assert changed == CHANGES.keys() - NOT_DECIDING
+    others = set(tiny().deciding()) - CHANGES.keys()
+    assert others <= {"seed", "threshold"}, others  # which are below, or of an arm
+    for name, value in CHANGES.items():
+        assert first(tiny(**{name: value})) != base, name
+    assert first(tiny(workers=2, checkpoint_steps=7, checkpoint_seconds=5.0, restarts=1)) == base
     assert first(tiny(), dataset_hash="1" * 64) != base
     assert first(tiny(), dataset="y", processes=3) == base
     bulk = {"task": "bulk_modulus"}
     assert first(tiny(**bulk)) != first(tiny(**bulk, threshold=90.0))
 
 
-def test_ids_are_those_of_earlier_results():
-    # Frozen: a change here makes a running grid start over. Defaults that change, too.
-    grid = GridConfig(dataset="x", arms=("none",), seeds=(0,), training=tiny(threshold=None))
-    decides = tiny().deciding()
-    assert set(decides) == {
-        "task", "threshold", "radiation", "model", "members", "width", "trees", "epochs",
-        "batch_size", "learning_rate", "warmup_fraction", "weight_decay", "seed",
-        "validation_fraction", "test_fraction", "train_fraction", "resamples",
-    }  # fmt: skip
-    assert len(trials(grid, HASH)[0].id) == 16
+# --- a worker ------------------------------------------------------------------------------------
 
 
-# --- one trial -----------------------------------------------------------------------------------
+def shared(clouds, name="base"):
+    return Shared.of(name, clouds)
 
 
-def one_trial(arm="basis_only"):
-    return trials(GridConfig(dataset="x", arms=("none", arm), training=tiny()), HASH)[1]
+def of_arm(arm, mode="retrain", **changes):
+    """The trial of one arm of a small grid."""
+    modes = list(dict.fromkeys(["retrain", mode]))
+    arms = list(dict.fromkeys(["none", arm]))
+    grid = GridConfig(dataset="x", arms=arms, modes=modes, training=tiny(**changes))
+    planned = plan(grid, HASH)
+    return next(t for t in planned if t.arm == arm and t.mode == mode)
 
 
-def test_a_trial_leaves_its_predictions_and_scores(clouds, tmp_path):
-    row = run_trial(clouds, one_trial(), tmp_path)
-    assert row["status"] == "done"
-    assert row.keys() == {"status", "seconds", *METRICS}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.csv", "predictions.parquet"]
-    table = pq.read_table(tmp_path / "predictions.parquet").to_pydict()
-    test = Parts.of(clouds, tiny()).rows["test"]
-    assert table["id"] == clouds.ids[test].tolist()
-    again = run_trial(clouds, one_trial(), tmp_path / "again")
-    assert {n: again[n] for n in METRICS} == {n: row[n] for n in METRICS}
-    other = run_trial(clouds, one_trial("directions_random"), tmp_path / "other")
-    assert other["ece"] != row["ece"]
+def trained(worker, clouds, *trials):
+    return worker.train(trials[0].fit, list(trials), shared(clouds), shared(clouds))
 
 
-def test_the_trial_trains_on_the_perturbed_clouds(clouds, tmp_path, monkeypatch):
-    seen = []
-
-    def watching(data, strength, draws):
-        seen.append(len(data))
-        return data.subset(np.arange(len(data)))
-
-    arm = replace(perturbations.ARMS["basis_only"], apply=watching)
-    monkeypatch.setitem(perturbations.ARMS, "basis_only", arm)
-    found = run_trial(clouds, one_trial(), tmp_path / "a")
-    none = trials(GridConfig(dataset="x", arms=("none",), training=tiny()), HASH)[0]
-    reference = run_trial(clouds, none, tmp_path / "b")
-    assert seen == [len(clouds)]
-    assert {n: found[n] for n in METRICS} == {n: reference[n] for n in METRICS}
+def worker_in(folder, memory=1 << 30):
+    return Worker(folder, torch.get_num_threads(), memory)
 
 
-def test_a_broken_arm_is_a_result_with_a_traceback(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["pointnet", "harmonic", "powder"])
+def test_a_worker_gives_what_a_training_gives(clouds, tmp_path, model):
+    """Inputs and units that were kept change nothing: bit for bit a training of its own."""
+    changes = {"model": model, "trees": 5, "epochs": 2}
+    worker = worker_in(tmp_path)
+    trial = of_arm("basis_only", **changes)
+    (first,) = trained(worker, clouds, trial)
+    other = of_arm("basis_only", **changes | {"task": "crystal_system", "threshold": None})
+    assert first.row.keys() == {*METRICS, "seconds"}
+    data = perturbations.perturb(clouds, "basis_only", None, 0)
+    parts = Parts.of(data, trial.training)
+    fit_members(tmp_path / "alone", data, trial.training, identity={})
+    alone = load_members(tmp_path / "alone", trial.training)
+    expected = alone.probabilities(data, parts.rows["test"]).mean(axis=0)
+    np.testing.assert_allclose(first.probability_NC, expected, atol=2e-6)
+    (again,) = trained(worker_in(tmp_path / "again"), clouds, trial)
+    np.testing.assert_array_equal(again.probability_NC, first.probability_NC)
+    seed_1 = replace(other, fit=replace(other.fit, id="s", training=tiny(**changes, seed=1)))
+    (kept,) = trained(worker, clouds, seed_1)
+    (fresh,) = trained(worker_in(tmp_path / "fresh"), clouds, seed_1)
+    np.testing.assert_array_equal(kept.probability_NC, fresh.probability_NC)
+
+
+def test_the_worker_trains_and_tests_on_the_right_clouds(clouds, tmp_path, monkeypatch):
+    """Against an arm that empties all clouds: who has seen it?"""
+    arm = perturbations.ARMS["basis_only"]
+    empty = replace(
+        arm, apply=lambda d, s, r: replace(d, intensity_P=d.intensity_P * 0, q_P3=d.q_P3 * 0)
+    )
+    monkeypatch.setitem(perturbations.ARMS, "basis_only", empty)
+    worker = worker_in(tmp_path)
+    (clean,) = trained(worker, clouds, of_arm("none"))
+    both = of_arm("basis_only"), of_arm("basis_only", "train_only")
+    retrain, train_only = trained(worker, clouds, *both)
+    (test_only,) = worker.test([of_arm("basis_only", "test_only")], shared(clouds), shared(clouds))
+
+    def constant(answer):
+        return np.ptp(answer.probability_NC, axis=0).max() < 1e-5
+
+    assert constant(retrain)
+    assert constant(test_only)
+    assert not constant(clean)
+    assert not constant(train_only)  # a network of random weights, on clouds that differ
+    reference = load_members(tmp_path / "fits" / of_arm("none").fit.id, tiny())
+    rows = Parts.of(clouds, tiny()).rows["test"]
+    expected = reference.probabilities(clouds, rows).mean(axis=0)
+    np.testing.assert_allclose(clean.probability_NC, expected, atol=2e-6)
+
+
+def test_tests_see_the_clouds_that_training_would_see(clouds, tmp_path):
+    """A crystal's draws do not depend on the set: a subset is perturbed like the whole."""
+    worker = worker_in(tmp_path)
+    trained(worker, clouds, of_arm("none"))
+    trial = of_arm("directions_random", "test_only")
+    (answer,) = worker.test([trial], shared(clouds), shared(clouds))
+    rows = Parts.of(clouds, tiny()).rows["test"]
+    whole = perturbations.perturb(clouds, "directions_random", None, 0)
+    model = load_members(worker.folder(trial.fit), tiny())
+    expected = model.probabilities(whole, rows).mean(axis=0)
+    np.testing.assert_allclose(answer.probability_NC, expected, atol=2e-6)
+
+
+def test_clouds_of_other_crystals_are_refused(clouds, tmp_path):
+    fewer = shared(clouds.subset(np.arange(100)), "fewer")
+    trial = of_arm("basis_only")
+    with pytest.raises(UserError, match="fewer has 100 crystals"):
+        worker_in(tmp_path).train(trial.fit, [trial], shared(clouds), fewer)
+
+
+def test_a_variant_keeps_the_groups_and_labels_of_the_grid(clouds, tmp_path):
+    other = replace(clouds, groups=np.array(["one"] * len(clouds)), labels={})
+    trial = of_arm("basis_only")
+    worker = worker_in(tmp_path)
+    (found,) = worker.train(trial.fit, [trial], shared(clouds), shared(other, "variant"))
+    (expected,) = trained(worker_in(tmp_path / "own"), clouds, trial)
+    np.testing.assert_array_equal(found.probability_NC, expected.probability_NC)
+
+
+def test_a_broken_arm_is_an_answer_with_a_traceback(clouds, tmp_path, monkeypatch):
     def broken(data, strength, draws):
         raise ZeroDivisionError("arm is broken")
 
-    arm = replace(perturbations.ARMS["basis_only"], apply=broken)
-    monkeypatch.setitem(perturbations.ARMS, "basis_only", arm)
-    threads = __import__("torch").get_num_threads()
-    row = _Trainer(str(dataset), None, threads).run(one_trial(), str(tmp_path))
-    assert row["status"] == "failed"
-    assert "Traceback" in row["error"]
-    assert "arm is broken" in row["error"]
+    arm = perturbations.ARMS["basis_only"]
+    monkeypatch.setitem(perturbations.ARMS, "basis_only", replace(arm, apply=broken))
+    trial = of_arm("basis_only")
+    found = worker_in(tmp_path).attempt(trial.fit, [trial], shared(clouds), shared(clouds))
+    assert "Traceback" in found.traceback
+    assert "arm is broken" in found.traceback
+    assert not found.hopeless
+    other = shared(clouds.subset(np.arange(9)), "other")
+    assert worker_in(tmp_path).attempt(trial.fit, [trial], shared(clouds), other).hopeless
 
 
-def test_torn_and_repeated_lines_of_the_record(tmp_path):
-    record = tmp_path / "results.jsonl"
-    assert _results(tmp_path) == {}
-    first = json.dumps({"trial": "a", "status": "failed"})
-    last = json.dumps({"trial": "a", "status": "done"})
-    for cut in range(1, len(last)):
-        record.write_text(f"\n{first}\n{last[:cut]}")
-        assert _results(tmp_path) == {"a": {"trial": "a", "status": "failed"}}
-    record.write_text(f"\n{first}\n{last[:9]}\n{last}")
-    assert _results(tmp_path) == {"a": {"trial": "a", "status": "done"}}
+def test_a_worker_perturbs_once_for_all_seeds_only_what_draws_nothing(
+    clouds, tmp_path, monkeypatch
+):
+    seen = []
+    for name in ("basis_only", "directions_random"):
+        arm = perturbations.ARMS[name]
+
+        def watching(data, strength, draws, name=name, arm=arm):
+            seen.append(name)
+            return arm.apply(data, strength, draws)
+
+        monkeypatch.setitem(perturbations.ARMS, name, replace(arm, apply=watching))
+    worker = worker_in(tmp_path)
+    for seed in (0, 1, 2):
+        for name in ("basis_only", "directions_random"):
+            trial = of_arm(name, model="majority", trees=1)
+            own = replace(trial.fit, id=f"{name}{seed}", training=tiny(model="majority", seed=seed))
+            trained(worker, clouds, replace(trial, fit=own))
+    assert seen.count("basis_only") == 1
+    assert seen.count("directions_random") == 3
 
 
-# --- a folder of another grid --------------------------------------------------------------------
+def test_what_is_kept_fits_into_memory():
+    kept = _Kept(10)
+    for name in range(5):
+        kept.put((name,), np.zeros(4, dtype=np.uint8))
+    assert [kept.get((name,)) is not None for name in range(5)] == [False] * 3 + [True] * 2
+    kept.get((3,))
+    kept.put((5,), np.zeros(4, dtype=np.uint8))
+    assert kept.get((4,)) is None
+    assert kept.get((3,)) is not None
+    kept.put((6,), np.zeros(99, dtype=np.uint8))
+    assert kept.get((6,)) is not None  # the last, whatever its size
+
+
+# --- the queue -----------------------------------------------------------------------------------
+
+
+def test_a_worker_stays_with_its_clouds_and_tests_wait_for_their_model():
+    planned = plan(large_grid(seeds=[0]), HASH)
+    source = Source(Path("x"), None, FeaturizationConfig())
+    jobs = []
+    for fit in fits_of(planned).values():
+        own = tuple(t for t in planned if t.fit.id == fit.id and t.mode != "test_only")
+        jobs.append(Job(fit, own, source, (fit.arm, fit.strength, 0)))
+    tests = [t for t in planned if t.mode == "test_only" and t.arm == "basis_only"]
+    jobs.append(Job(None, tuple(tests), source, ("basis_only", None, 0)))
+    queue = Queue(jobs, set())
+    first, second = queue.take(None), queue.take(None)
+    assert first.group[0] == "none"
+    assert second.group[0] == "basis_only"  # quiet clouds before busy ones
+    taken = [first, second]
+    while (job := queue.take(("none", None, 0))) is not None:
+        taken.append(job)
+    assert [job.group[0] for job in taken[2:5]] == ["none"] * 3
+    assert len(queue) == 1  # the tests
+    for job in taken[:3]:
+        queue.trained.add(job.fit.id)
+    assert queue.take(None) is None
+    failed = next(
+        job.fit for job in taken if job.group[0] == "none" and job.fit.id not in queue.trained
+    )
+    gone = queue.without(failed)
+    assert [t.fit.id for t in gone] == [failed.id]
+    rest = [t.fit.id for job in [queue.take(None)] if job for t in job.trials]
+    assert failed.id not in rest
+
+
+# --- the record ----------------------------------------------------------------------------------
+
+
+def row_of(trial, status="done"):
+    return {"trial": trial, "status": status, "seconds": 1.0}
+
+
+def test_the_record_gives_back_what_it_was_given(tmp_path):
+    record = Record(tmp_path)
+    random = np.random.default_rng(0)
+    given = {name: random.random((7, 3), dtype=np.float32) for name in "abc"}
+    for name, values in given.items():
+        record.add(row_of(name), values)
+    record.add(row_of("d", "failed"))
+    for found in (record, Record(tmp_path)):
+        for name, values in given.items():
+            np.testing.assert_array_equal(found.probabilities(name), values)
+            assert found.is_done(name)
+        assert not found.is_done("d")
+        assert not found.is_done("e")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [PREDICTIONS, RECORD]
+
+
+def test_a_record_cut_anywhere_loses_only_what_was_cut(tmp_path):
+    whole = Record(tmp_path)
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    for name in ("a", "b"):
+        whole.add(row_of(name), values)
+    lines = (tmp_path / RECORD).read_bytes()
+    first = lines.index(b"\n") + 1
+    for cut in range(first, len(lines)):
+        (tmp_path / RECORD).write_bytes(lines[:cut])
+        assert set(Record(tmp_path).rows) == {"a"}
+        record = Record.mended(tmp_path)
+        left = {"a"} if cut < len(lines) - 1 else {"a", "b"}  # only its end was missing
+        assert set(record.rows) == left
+        record.add(row_of("c"), values)
+        again = Record(tmp_path)
+        assert set(again.rows) == left | {"c"}, cut
+        np.testing.assert_array_equal(again.probabilities("c"), values)
+
+
+def test_damaged_predictions_are_a_trial_to_do_again(tmp_path):
+    record = Record(tmp_path)
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    for name in ("a", "b"):
+        record.add(row_of(name), values)
+    content = bytearray((tmp_path / PREDICTIONS).read_bytes())
+    content[3] ^= 1
+    (tmp_path / PREDICTIONS).write_bytes(content)
+    assert [Record(tmp_path).is_done(name) for name in ("a", "b")] == [False, True]
+    (tmp_path / PREDICTIONS).write_bytes(content[:-1])
+    assert [Record(tmp_path).is_done(name) for name in ("a", "b")] == [False, False]
+    (tmp_path / PREDICTIONS).unlink()
+    assert not Record(tmp_path).is_done("b")
+
+
+# --- one driver a folder -------------------------------------------------------------------------
+
+
+def test_a_folder_has_one_driver(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with driving(out) as held:
+        held.check()
+        assert read_claim(out)["pid"] == os.getpid()
+        monkeypatch.setattr("cluster.files.time.sleep", lambda seconds: None)
+        with pytest.raises(UserError, match="another job is at work"), driving(out):
+            pass
+    assert read_claim(out) is None
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """A file system that has no locks, and drivers that give signs of life 20 times a second."""
+
+    def no_locks(descriptor, how):
+        raise OSError("no locks")
+
+    monkeypatch.setattr("cluster.files.fcntl.flock", no_locks)
+    monkeypatch.setattr(claim, "_BEAT", 0.05)
+    monkeypatch.setattr(claim, "_SILENCE", 1.5)
+    monkeypatch.setattr(claim, "_is_dead", lambda there: False)  # one of another machine
+
+
+def test_without_locks_a_living_driver_keeps_others_out(tmp_path, without_locks):
+    with driving(tmp_path) as held:
+        with (
+            pytest.raises(UserError, match="another driver is at work"),
+            driving(tmp_path),
+        ):
+            pass
+        held.check()
+
+
+def test_without_locks_a_silent_driver_loses_its_folder_and_sees_it(tmp_path, without_locks):
+    with driving(tmp_path) as old:
+        old._ended.set()  # it hangs
+        old._beats.join()
+        with driving(tmp_path) as new:
+            new.check()
+            with pytest.raises(RunFailed, match="another driver has taken over"):
+                old.check()
+    assert read_claim(tmp_path) is None
+
+
+def test_what_a_dead_driver_left_keeps_nobody_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "_SILENCE", 1e9)
+    child = subprocess.Popen(["true"])
+    child.wait()
+    (tmp_path / CLAIM).write_text(json.dumps({"token": "old", **claim._here(), "pid": child.pid}))
+    with driving(tmp_path) as held:  # it would wait for years
+        held.check()
+
+
+# --- the folder ----------------------------------------------------------------------------------
 
 
 def finished_by_hand(grid, out):
     """A grid whose trials all have results, without Ray: in this process."""
+    manifest = read_manifest(Path(grid.dataset))
+    clouds = load(Path(grid.dataset))
     out.mkdir()
-    planned = trials(grid, read_manifest(Path(grid.dataset))["content_hash"])
-    lines = []
-    trainer = _Trainer(grid.dataset, None, 1)
-    for trial in planned:
-        row = trainer.run(trial, str(out / "trials" / trial.id))
-        who = {"task": "crystal_system", "model": "pointnet", "arm": trial.arm, "mode": "retrain"}
-        who |= {"trial": trial.id, "seed": trial.training.seed, "strength": None, "commit": "abc"}
-        lines.append("\n" + json.dumps(who | row))
-    return planned, "".join(lines)
+    layout.begin(out, grid, manifest, clouds)
+    planned = plan(grid, manifest["content_hash"])
+    record, worker = Record(out), worker_in(out)
+    for fit in fits_of(planned).values():
+        own = [t for t in planned if t.fit.id == fit.id and t.mode != "test_only"]
+        answers = trained(worker, clouds, *own)
+        tests = [t for t in planned if t.fit.id == fit.id and t.mode == "test_only"]
+        for trial in tests:
+            answers += worker.test([trial], shared(clouds), shared(clouds))
+        for answer in answers:
+            row = answer.trial.identity | {"status": "done", "commit": "abc"} | answer.row
+            record.add(row, answer.probability_NC)
+    return planned
 
 
 def test_a_folder_belongs_to_one_grid(dataset, tmp_path, monkeypatch):
     grid = GridConfig(dataset=str(dataset), arms=("none",), seeds=(0, 1), training=tiny(epochs=1))
     out = tmp_path / "out"
-    _, record = finished_by_hand(grid, out)
+    finished_by_hand(grid, out)
+    (out / "grid.json").rename(tmp_path / "grid.json")
     with pytest.raises(UserError, match="is not empty and holds no grid"):
         run_grid(grid, out)
-    (out / "trials").rename(tmp_path / "trials")
+    (tmp_path / "grid.json").rename(out / "grid.json")
     monkeypatch.setattr("ablation.run.ray_for", None)  # from here on, a trial would fail
-    with pytest.raises(TypeError):
-        run_grid(grid, out)
-    (tmp_path / "trials").rename(out / "trials")
-    (out / "results.jsonl").write_text(record)
+    record = (out / RECORD).read_bytes()
     assert run_grid(grid, out) == {"done": 2, "failed": 0, "skipped": 2}
 
     def with_training(**changes):
@@ -260,7 +588,9 @@ def test_a_folder_belongs_to_one_grid(dataset, tmp_path, monkeypatch):
             run_grid(with_training(**changes), out)
     free = with_training(workers=2, checkpoint_steps=3)
     assert run_grid(free, out) == {"done": 2, "failed": 0, "skipped": 2}
-    assert (out / "results.jsonl").read_text() == record
+    assert (out / RECORD).read_bytes() == record
+    with pytest.raises(TypeError):  # it has grown, and starts to work
+        run_grid(grid.model_copy(update={"seeds": (0, 1, 2)}), out)
     with pytest.raises(UserError, match="is a file"):
         run_grid(grid, out / "grid.json")
 
@@ -273,200 +603,81 @@ def test_a_folder_belongs_to_one_grid(dataset, tmp_path, monkeypatch):
         run_grid(grid.model_copy(update={"dataset": str(moved)}), out)
 
 
-# --- processes and ports -------------------------------------------------------------------------
-
-
-def processes():
-    """Pid → (parent, start time) of all processes."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state = (folder / "stat").read_text().rpartition(") ")[2].split()
-        except OSError:
-            continue
-        if state[0] not in "ZX":
-            found[int(folder.name)] = (int(state[1]), state[19])
-    return found
-
-
-def family(root):
-    """(pid, start time) of a process and all its descendants."""
-    table = processes()
-    known, grown = {root}, True
-    while grown:
-        more = {pid for pid, (parent, _) in table.items() if parent in known} - known
-        known |= more
-        grown = bool(more)
-    return {(pid, table[pid][1]) for pid in known if pid in table}
-
-
-def living(identities):
-    table = processes()
-    return {pid for pid, start in identities if table.get(pid, (0, ""))[1] == start}
-
-
-def listening(pids):
-    """Hex addresses on which some processes listen for TCP."""
-    inodes = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            columns = line.split()
-            if columns[3] == "0A":
-                inodes[f"socket:[{columns[9]}]"] = columns[1].partition(":")[0]
-    found = set()
-    for pid in pids:
-        try:
-            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-                found.add(inodes.get(os.readlink(descriptor)))
-        except OSError:
-            continue
-    return found - {None}
-
-
-def is_loopback(address):
-    if len(address) == 32:
-        mapped = address.startswith("0000000000000000FFFF0000") and address.endswith("7F")
-        return mapped or address == "00000000000000000000000001000000"
-    return address.endswith("7F")
-
-
-def test_the_check_of_ports_finds_an_open_one():
-    for host, local in (("127.0.0.1", True), ("0.0.0.0", False)):
-        with socket.socket() as server:
-            server.bind((host, 0))
-            server.listen()
-            found = listening([os.getpid()])
-            assert found
-            assert all(map(is_loopback, found)) == local
-
-
-def until(condition, seconds=150):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
-@contextmanager
-def command(*arguments):
-    """`xtal` in a process group of its own, which nothing outlives."""
-    started = subprocess.Popen(
-        [sys.executable, "-m", "xtal", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+def test_tables_are_made_of_what_is_finished(dataset, clouds, tmp_path):
+    grid = GridConfig(
+        dataset=str(dataset),
+        models=("majority", "powder"),
+        arms=("none", {"name": "intensity_scaled", "strengths": [0.5, 1.0]}),
+        modes=("retrain", "test_only"),
+        seeds=(0, 3),
+        training=tiny(trees=3),
     )
-    try:
-        yield started
-    finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
-        started.communicate()
-
-
-def finish(*arguments):
-    with command(*arguments) as started:
-        output = started.communicate(timeout=300)[0]
-    return started.returncode, output
-
-
-def session_folder(pids):
-    """The private folder of the Ray session that some processes belong to."""
-    names = set()
-    for pid in pids:
-        try:
-            content = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        head = b"RAY_AUTH_TOKEN_PATH="
-        names |= {entry.removeprefix(head) for entry in content if entry.startswith(head)}
-    (name,) = names
-    return Path(os.fsdecode(name)).parent
-
-
-@pytest.mark.slow
-def test_a_killed_grid_ends_with_each_trial_once(dataset, clouds, tmp_path):
-    path = grid_file(tmp_path, dataset=str(dataset), training=TINY | {"epochs": 40})
-    grid, out = read_grid(path), tmp_path / "out"
-    planned = trials(grid, read_manifest(dataset)["content_hash"])
-    record = out / "results.jsonl"
-
-    # 1. Kill the whole process group once the first trial has a result.
-    with command("ablate", path, out) as first:
-        until(lambda: first.poll() is not None or any((out / "trials").glob("*/history.csv")))
-        relatives = family(first.pid)
-        assert len(relatives) > 4
-        found = listening(pid for pid, _ in relatives)
-        assert found
-        assert all(map(is_loopback, found)), found
-        folder = session_folder(pid for pid, _ in relatives)
-        token = folder / "token"
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert stat.S_IMODE(token.stat().st_mode) == 0o600
-        secret = token.read_text()
-        assert len(secret) == 64
-        for pid, _ in relatives:
-            for name in ("cmdline", "environ"):
-                try:
-                    assert secret.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
-                except OSError:
-                    continue
-        until(lambda: first.poll() is not None or _results(out))
-        relatives |= family(first.pid)
-        os.killpg(first.pid, signal.SIGKILL)
-    assert first.returncode == -signal.SIGKILL
-    until(lambda: not living(relatives), seconds=60)
-    done = {t for t, row in _results(out).items() if row["status"] == "done"}
-    assert 1 <= len(done) < len(planned)
-    lines_before = record.read_text()
-
-    # 2. A torn line, and a trial that cannot work: it fails, the others go on.
-    record.write_text(lines_before + '\n{"trial": "' + planned[0].id[:4])
-    victim = next(t for t in reversed(planned) if t.id not in done)
-    broken = out / "trials" / victim.id / "checkpoint.safetensors"
-    broken.parent.mkdir(parents=True, exist_ok=True)
-    broken.write_bytes(b"no checkpoint")
-    code, output = finish("ablate", path, out)
-    assert code == 1, output
-    assert "1 trials failed" in output
-    assert "Traceback" not in output
-    assert not folder.exists()  # what the killed session left is gone, too
-    results = _results(out)
-    assert {t.id for t in planned} == results.keys()
-    assert [t for t, row in results.items() if row["status"] != "done"] == [victim.id]
-    assert "Traceback" in results[victim.id]["error"]
-    assert "is no checkpoint" in results[victim.id]["error"]
-    assert not (out / "results.parquet").exists()
-    assert record.read_text().startswith(lines_before)  # nothing was done again
-
-    # 3. The next call tries it again, and only it.
-    broken.unlink()
-    lines = len(record.read_text().splitlines())
-    code, output = finish("ablate", path, out)
-    assert code == 0, output
-    assert len(record.read_text().splitlines()) == lines + 1
-    table = pq.read_table(out / "results.parquet")
-    assert table.column_names == [
+    out = tmp_path / "out"
+    planned = finished_by_hand(grid, out)
+    assert layout.write_tables(out) == len(planned) == 2 * 2 * 5
+    results = pq.read_table(out / "results.parquet")
+    assert results.column_names == [
         "trial", "task", "model", "arm", "strength", "mode", "seed", "status", "auroc",
         "average_precision", "balanced_accuracy", "f1", "mcc", "ece", "seconds", "commit",
     ]  # fmt: skip
-    rows = table.to_pylist()
+    rows = results.to_pylist()
     assert [row["trial"] for row in rows] == [t.id for t in planned]
-    assert [(row["seed"], row["arm"]) for row in rows] == [
-        (t.training.seed, t.arm) for t in planned
-    ]
+    assert [row["strength"] for row in rows] == [t.strength for t in planned]
     assert {row["status"] for row in rows} == {"done"}
-    predictions = pq.read_table(out / f"predictions-{grid.training.task}.parquet")
+    predictions = pq.read_table(out / "predictions-crystal_system.parquet")
+    columns = ["trial", "model", "arm", "strength", "mode", "seed", "id", "group", "label"]
+    assert predictions.column_names == [*columns, *(f"p{c}" for c in range(7))]
     test = Parts.of(clouds, grid.training).rows["test"]
     assert predictions.num_rows == len(planned) * len(test)
-    assert (out / "report.html").stat().st_size > 10_000
+    row = rows[-1]
+    own = predictions.filter(pc.equal(predictions["trial"], row["trial"]))
+    assert own["id"].to_pylist() == clouds.ids[test].tolist()
+    values = np.stack([own[f"p{c}"].to_numpy() for c in range(7)], axis=1).astype(np.float64)
+    assert score(own["label"].to_numpy(), values)["auroc"][0] == row["auroc"]
+    document = json.loads((out / "grid.json").read_text())
+    assert document["trials"] == len(planned)
+    assert document["models"] == ["majority", "powder"]
+    assert document["arms"][1]["name"] == "intensity_scaled"
+    assert document["arms"][1]["strength"] == "decades"
+    counts = document["tasks"]["crystal_system"]["class_counts"]
+    assert sum(counts["test"].values()) == len(test)
 
-    # 4. A finished grid does nothing, and its results are those of a trial on its own.
-    whole = record.read_bytes()
-    assert run_grid(grid, out) == {"done": 4, "failed": 0, "skipped": 4}
-    assert record.read_bytes() == whole
-    reference = run_trial(clouds, victim, tmp_path / "alone")
-    (found_row,) = [row for row in rows if row["trial"] == victim.id]
-    for name in METRICS:  # threads differ between machines, hence no equality
-        assert found_row[name] == pytest.approx(reference[name], abs=5e-3), name
+    # Half of it is there: tables, and the account, are of that half.
+    lines = (out / RECORD).read_bytes().splitlines(keepends=True)
+    (out / RECORD).write_bytes(b"".join(lines[:9]))
+    assert layout.write_tables(out) == 9
+    assert pq.read_table(out / "results.parquet").num_rows == 9
+    assert pq.read_table(out / "predictions-crystal_system.parquet").num_rows == 9 * len(test)
+    found = status(out)
+    assert (found["done"], found["failed"], found["missing"]) == (9, 0, len(planned) - 9)
+
+
+# --- how far is it? ------------------------------------------------------------------------------
+
+
+def test_the_standing_counts_every_trial_once():
+    planned = plan(large_grid(), HASH)
+    rows = {t.id: {"status": "done", "seconds": 2.0} for t in planned[:10]}
+    rows[planned[10].id] = {"status": "failed"}
+    found = standing(planned, rows, {"a job": 0.5}, processes=4)
+    assert (found.total.planned, found.total.done, found.total.failed) == (len(planned), 10, 1)
+    assert found.share == 11.5
+    for name in ("planned", "done", "failed"):
+        every = (getattr(c, name) for arms in found.by_task.values() for c in arms.values())
+        assert sum(every) == getattr(found.total, name)
+    assert found.seconds_left == pytest.approx(2.0 * (len(planned) - 11) / 4)
+    assert standing(planned, rows, {}, processes=0).seconds_left is None
+    assert standing(planned, {}, {}, processes=4).seconds_left is None
+
+
+def test_durations_read_well():
+    shown = [duration(seconds) for seconds in (None, 3.2, 600, 9000)]
+    assert shown == ["unknown", "3 s", "10 min", "2.5 h"]
+
+
+def test_the_status_of_no_grid_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="holds no grid"):
+        status(tmp_path)
+    (tmp_path / "grid.json").write_text("{}")
+    with pytest.raises(UserError, match="is not of a grid"):
+        status(tmp_path)

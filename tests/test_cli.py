@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small import TINY
-from test_ablation import grid_file
+from small import TINY, tiny
+from test_ablation import finished_by_hand, grid_file
 from tiny import broken, contents, document, write_lines
 
 import xtal
+from ablation.grid import GridConfig
+from ablation.record import Record
 from cluster.errors import UserError
 from featurization import featurize as driver
 from featurization import forecast, worker
@@ -167,7 +169,7 @@ def test_a_failure_of_ours_is_exit_code_1(call, dataset, tmp_path, monkeypatch):
     def fails(*arguments, **keywords):
         raise RuntimeError("[/bold] inside :warning:")
 
-    monkeypatch.setattr(training_run, "load", fails)
+    monkeypatch.setattr(training_run, "open_clouds", fails)
     code, _, err = call("train", dataset, tmp_path / "run")
     assert code == 1
     assert "failed: RuntimeError: [/bold] inside :warning:" in err
@@ -323,18 +325,48 @@ def test_a_flag_without_value_comes_from_a_file_too(call, dataset, tmp_path):
     assert call("verify", dataset, "--config", tmp_path / "options.toml")[0] == 2
 
 
-def test_dry_run_lists_the_trials_and_writes_nothing(call, dataset, tmp_path):
+def test_dry_run_of_a_grid_counts_and_writes_nothing(call, dataset, tmp_path):
     path = grid_file(tmp_path, dataset=os.path.relpath(dataset, tmp_path))
-    code, out, _ = call("ablate", path, tmp_path / "out", "--dry-run")
-    assert code == 0
-    assert "4 trials; nothing was run" in out
-    assert out.count("basis_only") == out.count("none") == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["grid.toml"]
-    assert max(map(len, out.splitlines())) <= 80
+    for words in ((tmp_path / "out", "--dry-run"), ("--dry-run",)):
+        code, out, _ = call("ablate", path, *words)
+        assert code == 0
+        assert "4, of which 0 are done" in out
+        assert "basis_only" in out
+        assert "pointnet" in out
+        assert "hours of one process" in out
+        assert "MiB" in out
+        assert [p.name for p in tmp_path.iterdir()] == ["grid.toml"]
+        assert max(map(len, out.splitlines())) <= 80
     elsewhere = grid_file(tmp_path, dataset="absent")
     assert call("ablate", elsewhere, tmp_path / "out", "--dry-run")[0] == 2
-    code, _, _ = call("ablate", elsewhere, tmp_path / "out", "--dry-run", "--dataset", dataset)
+    assert call("ablate", elsewhere, "--dry-run", "--dataset", dataset)[0] == 0
+    code, _, err = call("ablate", elsewhere, "--dataset", dataset)
+    assert code == 2
+    assert "OUT is not given" in err
+
+
+def test_the_status_of_a_grid(call, dataset, tmp_path):
+    grid = GridConfig(
+        dataset=str(dataset),
+        arms=("none", "basis_only"),
+        seeds=(0, 1),
+        training=tiny(model="majority", trees=1),
+    )
+    out = tmp_path / "out"
+    planned = finished_by_hand(grid, out)
+    code, text, _ = call("ablate", "status", out, "--json")
+    found = json.loads(text)
     assert code == 0
+    counts = {"planned": 2, "done": 2, "failed": 0}
+    assert found["tasks"] == {"crystal_system": {"none": counts, "basis_only": counts}}
+    assert (found["trials"], found["missing"], found["driver"]) == (4, 0, None)
+    record = Record(out)
+    record.add(planned[3].identity | {"status": "failed", "error": "Traceback: it broke"})
+    code, text, _ = call("ablate", "status", out)
+    assert code == 0
+    assert "1/2 ✗1" in text
+    assert "it broke" in text
+    assert call("ablate", "status", tmp_path / "nothing")[0] == 2
 
 
 # --- featurize --dry-run --------------------------------------------------------------------------

@@ -4,7 +4,7 @@ An ensemble of one lives in the run folder itself, the members of a larger one i
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -20,7 +20,7 @@ from cluster.errors import UserError
 from cluster.provenance import provenance
 from training import checkpoint
 from training.config import BLEND, BoostedName, ModelName, TrainingConfig
-from training.dataset import Clouds
+from training.dataset import Clouds, CloudSet
 from training.inputs import blocks, prepared
 from training.loop import MODEL, device, fit, predict
 from training.models.boosted import Boosted
@@ -32,6 +32,7 @@ from training.models.build import (
     empty_network,
     is_boosted,
     new_network,
+    units_of,
 )
 from training.peers import Alone, Peers
 from training.progress import Progress
@@ -48,20 +49,25 @@ class Trained:
 
     def logits(self, data: Clouds, rows: Tensor | None = None) -> NDArray[np.float64]:
         """(members, n, C) logits of all questions of the crystals `rows`, by default of all."""
-        kinds, parts = _kinds(self.config), []
+        parts = []
         for block in blocks(data, torch.arange(len(data)) if rows is None else rows):
-            some = data.subset(block.numpy())
-            inputs = {
-                kind: _describe(kind)(some) if isinstance(each, Boosted) else each.prepare(some)
-                for kind, each in zip(kinds, self.members, strict=False)
-            }
-            parts.append(
-                [
-                    _logits(each, inputs[kind], len(some), self.config)
-                    for kind, each in zip(cycle(kinds), self.members, strict=False)
-                ]
-            )
-        return np.concatenate([np.stack(part) for part in parts], axis=1)
+            inputs = self.inputs(data.subset(block.numpy()))
+            parts.append(self.logits_of(inputs, torch.arange(len(block))))
+        return np.concatenate(parts, axis=1)
+
+    def inputs(self, some: CloudSet) -> dict[ModelName, Any]:
+        """Kind of member → what it sees of some crystals, for `logits_of`."""
+        return {
+            kind: _describe(kind)(some) if isinstance(each, Boosted) else each.prepare(some)
+            for kind, each in zip(kinds(self.config), self.members, strict=False)
+        }
+
+    def logits_of(self, inputs: Mapping[ModelName, Any], rows: Tensor) -> NDArray[np.float64]:
+        """(members, n, C) logits of some of the crystals that `inputs` is of."""
+        each_kind = zip(cycle(kinds(self.config)), self.members, strict=False)
+        return np.stack(
+            [_logits(each, inputs[kind], rows, self.config) for kind, each in each_kind]
+        )
 
     def probabilities(
         self, data: Clouds, rows: Tensor | None = None, task: str | None = None
@@ -80,53 +86,76 @@ class Trained:
         return torch.from_numpy(own).softmax(dim=-1).numpy()
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a model sees of a set of clouds: the same for all trainings on the same crystals."""
+
+    inputs: Any  # (N, F) of trees, else what `training.inputs.prepared` gave
+    units: dict[str, Tensor]  # that a network has from its training crystals
+
+
+def prepare(
+    config: TrainingConfig, data: Clouds, train_rows: Tensor, peers: Peers, folder: Path
+) -> Prepared:
+    """All of a training that depends on the clouds, but neither on a seed nor on labels.
+
+    Args:
+        config: of one kind of model, not of a blend.
+        folder: where inputs are kept that do not fit into memory.
+    """
+    if is_boosted(config.model):
+        return Prepared(_descriptions(config.model, data), {})
+    network = new_network(config, data, train_rows)
+    return Prepared(prepared(network, data, peers, folder), units_of(network))
+
+
 def fit_members(
     run: Path,
     data: Clouds,
     config: TrainingConfig,
     *,
     identity: dict[str, Any],
+    seen: Mapping[ModelName, Prepared] | None = None,
     resume: bool = False,
     peers: Peers | None = None,
     progress: Callable[[Progress], None] = lambda at: None,
 ) -> None:
     """Train all members into `run`; what each needs of the clouds is computed once.
 
+    Args:
+        seen: what `prepare` gives for each kind of member, if it is known.
+
     Raises:
         UserError: as `training.loop.fit`.
     """
     peers = peers or Alone()
     parts = Parts.of(data, config)
-    kinds, passed = _kinds(config), 0
-    known: dict[ModelName, Any] = {}
-    for number, folder in enumerate(_folders(run, config)):
-        kind = kinds[number % len(kinds)]
-        seed = config.seed + number // len(kinds)
+    known, passed = dict(seen or {}), 0
+    for number, folder in enumerate(folders(run, config)):
+        kind = kinds(config)[number % len(kinds(config))]
+        seed = config.seed + number // len(kinds(config))
         own = config.model_copy(update={"model": kind, "seed": seed, "members": 1})
 
         def shifted(at: Progress, passed: int = passed) -> None:
             progress(replace(at, epoch=at.epoch + passed, epochs=config.members * config.passes))
 
-        inputs = known.get(kind)
+        if kind not in known:
+            known[kind] = prepare(own, data, parts.rows["train"], peers, run)
         if is_boosted(kind):
-            inputs = _descriptions(kind, data) if inputs is None else inputs
-            _boost(folder, inputs, parts, own, identity, resume)
+            _boost(folder, known[kind].inputs, parts, own, identity, resume)
             shifted(Progress(0, 1, 1, 1))
         else:
-            if inputs is None and config.members > 1:
-                model = new_network(own, data, parts.rows["train"])
-                inputs = prepared(model, data, peers, run)
             fit(
                 folder,
                 data,
                 own,
                 identity=identity,
-                inputs=inputs,
+                inputs=known[kind].inputs,
+                units=known[kind].units,
                 resume=resume,
                 peers=peers,
                 progress=shifted,
             )
-        known[kind] = inputs
         passed += own.passes
 
 
@@ -153,7 +182,7 @@ def load_members(run: Path, config: TrainingConfig) -> Trained:
         UserError: a member is missing.
     """
     members, states = [], []
-    for folder in _folders(run, config):
+    for folder in folders(run, config):
         if not (folder / MODEL).exists():
             raise UserError(
                 f"the training in {run} has not finished",
@@ -174,12 +203,12 @@ def _member(config: TrainingConfig, tensors: dict[str, Tensor]) -> Network | Boo
 
 
 def _logits(
-    member: Network | Boosted, inputs: Any, count: int, config: TrainingConfig
+    member: Network | Boosted, inputs: Any, rows: Tensor, config: TrainingConfig
 ) -> NDArray[np.float64]:
     if isinstance(member, Boosted):
-        return member.logits(inputs)
+        return member.logits(inputs[rows.numpy()])
     given: Inputs = inputs
-    return predict(member, given, torch.arange(count), config.batch_size).astype(np.float64)
+    return predict(member, given, rows, config.batch_size).astype(np.float64)
 
 
 def _boost(
@@ -213,11 +242,13 @@ def _descriptions(kind: ModelName, data: Clouds) -> NDArray[np.float32]:
     return np.concatenate([describe(data.subset(block.numpy())) for block in parts])
 
 
-def _folders(run: Path, config: TrainingConfig) -> list[Path]:
-    count = config.members * len(_kinds(config))
+def folders(run: Path, config: TrainingConfig) -> list[Path]:
+    """Where the model of each member lies."""
+    count = config.members * len(kinds(config))
     return [run] if count == 1 else [run / f"member-{number}" for number in range(count)]
 
 
-def _kinds(config: TrainingConfig) -> tuple[ModelName, ...]:
+def kinds(config: TrainingConfig) -> tuple[ModelName, ...]:
+    """Models of which each member of an ensemble has one."""
     """The models that members are in turn."""
     return BLEND if config.model == "blend" else (config.model,)

@@ -10,7 +10,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def fit(
     *,
     identity: dict[str, Any],
     inputs: Inputs | None = None,
+    units: Mapping[str, Tensor] | None = None,
     resume: bool = False,
     peers: Peers | None = None,
     progress: Callable[[Progress], None] = lambda at: None,
@@ -88,6 +89,7 @@ def fit(
     Args:
         identity: what the data is (content hash, arm); a checkpoint of other data is refused.
         inputs: what `training.inputs.prepared` gives for the network, if it is known already.
+        units: what the training crystals set in the network, if it is known already.
         resume: go on from the checkpoint in `run` if there is one; the result is bit for bit
             that of a training which was never interrupted.
         stop_after: leave after this many steps in this call, as a job at its time limit does.
@@ -101,7 +103,7 @@ def fit(
     peers = peers or Alone()
     parts = Parts.of(data, config)
     where = device()
-    model = new_network(config, data, parts.rows["train"])
+    model = new_network(config, data, parts.rows["train"], units)
     inputs = prepared(model, data, peers, run) if inputs is None else inputs
     model.to(where)
     optimizer = torch.optim.AdamW(

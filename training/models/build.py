@@ -1,6 +1,6 @@
 """A name in the configuration → a new model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, cast, get_args
 
 import numpy as np
@@ -59,16 +59,33 @@ def empty_network(config: TrainingConfig) -> Network:
     return kind(classes, config.width or _WIDTHS.get(config.model, 64))
 
 
-def new_network(config: TrainingConfig, data: Clouds, train_rows: Tensor) -> Network:
+def new_network(
+    config: TrainingConfig,
+    data: Clouds,
+    train_rows: Tensor,
+    units: Mapping[str, Tensor] | None = None,
+) -> Network:
     """The configured network with seeded weights and units of the training crystals.
 
     Of more than 16,384 of them, as many that are evenly spaced give the units. With `config.init`
     both are those of that run.
+
+    Args:
+        units: what `units_of` gives for these crystals, if it is known already.
     """
     network = empty_network(config)
     if config.init is not None:
         warmstart.begin(network, config)
         return network
+    if units is not None:
+        network.load_state_dict(network.state_dict() | dict(units))
+        return network
     sample = np.linspace(0, len(train_rows) - 1, min(len(train_rows), _SAMPLE)).astype(int)
     network.scale_to(data.subset(train_rows.numpy()[sample]))
     return network
+
+
+def units_of(network: Network) -> dict[str, Tensor]:
+    """All that `scale_to` sets: of like crystals the same for every seed, width and task."""
+    learned = {name for name, _ in network.named_parameters()}
+    return {name: t for name, t in network.state_dict().items() if name not in learned}

@@ -1,0 +1,171 @@
+"""What a grid takes, from a timed part of one training of each model on its own dataset."""
+
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ablation.grid import REFERENCE, GridConfig
+from ablation.plan import Trial, fits_of, plan
+from ablation.record import Record
+from ablation.status import duration
+from cluster import memory
+from cluster.ray_session import cards, cores
+from featurization.manifest import read_manifest
+from training.config import ModelName, TrainingConfig
+from training.dataset import CloudSet, load
+from training.ensemble import kinds, prepare
+from training.loop import fit
+from training.models.boosted import Boosted
+from training.models.build import is_boosted
+from training.peers import Alone
+from training.split import Parts
+
+_STEPS = (3, 15)  # a network is timed between these steps
+_TREES = (5, 25)  # and trees between these numbers of rounds
+_FORWARD = 1 / 3  # of a step's time, for a crystal that is only answered
+_LINE = 900  # bytes of a trial in record.jsonl and the Parquet tables, at most
+_FILES = 10  # of a grid, and two more a task
+_FILES_AT_WORK = 4  # of a training at work
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Trials by kind, and what they take, in words."""
+
+    counts: dict[str, dict[str, int]]  # "task", "model", "arm", "mode" → value → trials
+    rows: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Seconds of a training, and of an answer to the test crystals."""
+
+    once: float  # clouds, inputs
+    training: float
+    test: float
+
+
+def forecast(grid: GridConfig, out: Path | None) -> Forecast:
+    """Time a part of a training of each model, one after the other, and add up; writes nothing.
+
+    Args:
+        out: of a grid that is begun, what is done there does not count.
+
+    Raises:
+        UserError: as `ablation.run.run_grid`.
+    """
+    manifest = read_manifest(Path(grid.dataset))
+    planned = plan(grid, manifest["content_hash"])
+    done = Record(out).rows if out is not None else {}
+    todo = [t for t in planned if done.get(t.id, {}).get("status") != "done"]
+    data = load(Path(grid.dataset), grid.training.radiation)
+    parts = {t: Parts.of(data, grid.training_of(t, grid.all_models[0], 0)) for t in grid.all_tasks}
+    task = max(parts, key=lambda name: len(parts[name].rows["train"]))
+    processes = min(grid.processes or cores(), len(planned))
+    threads, before = torch.get_num_threads(), memory.resident()
+    torch.set_num_threads(max(1, cores() // processes))
+    try:
+        timed = {m: _time(data, grid.training_of(task, m, 0), parts[task]) for m in grid.all_models}
+    finally:
+        torch.set_num_threads(threads)
+    seconds = _seconds(todo, timed, {t: len(p.rows["train"]) for t, p in parts.items()}, task)
+    fits = fits_of(todo)
+    tests = {t: len(parts[t].rows["test"]) for t in parts}
+    values = sum(4 * tests[t.training.task] * len(t.training.question.classes) for t in planned)
+    models = sum(t.arm == REFERENCE for t in planned) if "test_only" in grid.modes else 0
+    mib = (2 * values + _LINE * len(planned)) / 2**20
+    files = _FILES + 2 * len(parts) + _FILES_AT_WORK * processes + 2 * models
+    gpus = cards(torch.cuda.device_count())
+    return Forecast(
+        {
+            "task": _counted(planned, lambda t: t.training.task),
+            "model": _counted(planned, lambda t: t.training.model),
+            "arm": _counted(planned, lambda t: t.arm),
+            "mode": _counted(planned, lambda t: t.mode),
+        },
+        {
+            "trials": f"{len(planned):,}, of which {len(planned) - len(todo):,} are done",
+            "trainings to do": f"{len(fits):,}",
+            "one training": ", ".join(f"{m} {duration(t.training)}" for m, t in timed.items()),
+            "work": f"{seconds / 3600:,.1f} hours of one process",
+            "time": f"{duration(seconds / processes)} with {processes} processes at a time",
+            "processor": f"{processes} processes on {cores()} cores",
+            "GPU": f"{gpus}, shared by {processes} processes"
+            if gpus
+            else "none found, none needed",
+            "memory": f"about {max(0, memory.resident() - before) / 2**30 + 0.7:.1f} GiB a process",
+            "disk": f"{mib:,.0f} MiB in about {files} files",
+        },
+    )
+
+
+def _seconds(
+    todo: list[Trial], timed: dict[ModelName, _Timed], sizes: dict[Any, int], task: Any
+) -> float:
+    """Of one process; clouds and inputs are shared by the tasks of an arm and seed."""
+    total, seen = 0.0, set()
+    for one in fits_of(todo).values():
+        time_of = timed[one.training.model]
+        total += time_of.training * sizes[one.training.task] / sizes[task]
+        seen.add((one.arm, one.strength, one.training.seed, one.training.model))
+    total += sum(timed[model].once for *_, model in seen)
+    return total + sum(timed[t.training.model].test for t in todo)
+
+
+def _time(data: CloudSet, config: TrainingConfig, parts: Parts) -> _Timed:
+    each = [_time_one(data, config.model_copy(update={"model": k}), parts) for k in kinds(config)]
+    return _Timed(*(sum(getattr(one, name) for one in each) for name in _Timed.__slots__))
+
+
+def _time_one(data: CloudSet, config: TrainingConfig, parts: Parts) -> _Timed:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        seen = prepare(config, data, parts.rows["train"], Alone(), Path(name))
+        once = time.perf_counter() - start
+        if is_boosted(config.model):
+            training = _time_trees(seen.inputs, config, parts)
+            return _Timed(
+                once, config.members * training, once * len(parts.rows["test"]) / len(data)
+            )
+        marks: list[float] = []
+        short = config.model_copy(
+            update={"members": 1, "batch_size": min(config.batch_size, len(parts.rows["train"]))}
+        )
+        fit(
+            Path(name) / "run",
+            data,
+            short,
+            identity={},
+            inputs=seen.inputs,
+            units=seen.units,
+            progress=lambda at: marks.append(time.perf_counter()),
+            stop_after=_STEPS[1],
+        )
+    first = min(_STEPS[0], len(marks) - 1)
+    step = (marks[-1] - marks[first - 1]) / max(1, len(marks) - first)
+    crystals = config.epochs * (len(parts.rows["train"]) + _FORWARD * len(parts.rows["validation"]))
+    training = config.members * step * crystals / config.batch_size
+    test = config.members * step * _FORWARD * len(parts.rows["test"]) / config.batch_size
+    return _Timed(once, training, test + once * len(parts.rows["test"]) / len(data))
+
+
+def _time_trees(description_NF: Any, config: TrainingConfig, parts: Parts) -> float:
+    """As if no validation loss stopped the boosting early."""
+    rows = parts.rows["train"].numpy(), parts.rows["validation"].numpy()
+    marks = []
+    for trees in _TREES:
+        start = time.perf_counter()
+        few = config.model_copy(update={"trees": trees})
+        Boosted.fitted(description_NF, parts.target_N.numpy(), *rows, few)
+        marks.append(time.perf_counter() - start)
+    tree = max(0.0, marks[1] - marks[0]) / (_TREES[1] - _TREES[0])
+    return marks[0] + tree * config.trees
+
+
+def _counted(planned: list[Trial], key: Any) -> dict[str, int]:
+    return dict(Counter(key(trial) for trial in planned))

@@ -1,0 +1,94 @@
+"""Which work comes next: a worker stays with the clouds that it has, references come first."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ablation.plan import Fit, Trial
+from ablation.variants import Source
+
+Group = tuple[str, float | None, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker does in one call: a training with its trials, or tests of trained models."""
+
+    fit: Fit | None  # None: all trials are test_only
+    trials: tuple[Trial, ...]
+    source: Source
+    group: Group  # arm, strength, seed: jobs of one share their perturbed clouds
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        if self.fit is not None:
+            return self.fit.title
+        arm, strength, seed = self.group
+        dose = "" if strength is None else f" {strength:g}"
+        return f"{len(self.trials)} tests on {arm}{dose} seed {seed}"
+
+
+class Queue:
+    """Jobs that wait, in groups.
+
+    Args:
+        trained: ids of the trainings whose model is there.
+    """
+
+    def __init__(self, jobs: Iterable[Job], trained: set[str]) -> None:
+        self.trained = trained
+        self._groups: dict[Group, list[Job]] = {}
+        self._busy: Counter[Group] = Counter()
+        for job in jobs:
+            self.back(job)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._groups.values()))
+
+    def back(self, job: Job) -> None:
+        """A job that is to be done (again)."""
+        self._groups.setdefault(job.group, []).append(job)
+
+    def take(self, last: Group | None) -> Job | None:
+        """The next job for a worker; None if all that wait need a training that is not there yet.
+
+        Args:
+            last: group of the worker's last job.
+        """
+        here = [last] if last in self._groups else []
+        quiet = [group for group in self._groups if not self._busy[group]]
+        for group in [*here, *quiet, *self._groups]:
+            for job in self._groups[group]:
+                if job.fit is not None or all(t.fit.id in self.trained for t in job.trials):
+                    self._remove(job)
+                    self._busy[group] += 1
+                    return job
+        return None
+
+    def ended(self, job: Job) -> None:
+        """A job that `take` gave is no longer at work."""
+        self._busy[job.group] -= 1
+
+    def without(self, fit: Fit) -> list[Trial]:
+        """Take out the tests of a training that will not be there; returns them."""
+        gone = []
+        for job in [job for jobs in self._groups.values() for job in jobs if job.fit is None]:
+            own = [trial for trial in job.trials if trial.fit.id == fit.id]
+            if own:
+                self._remove(job)
+                gone += own
+                others = tuple(trial for trial in job.trials if trial.fit.id != fit.id)
+                if others:
+                    self.back(Job(None, others, job.source, job.group))
+        return gone
+
+    def sources(self) -> set[Source]:
+        """Clouds that are still needed."""
+        return {job.source for jobs in self._groups.values() for job in jobs}
+
+    def _remove(self, job: Job) -> None:
+        jobs = self._groups[job.group]
+        jobs.remove(job)
+        if not jobs:
+            del self._groups[job.group]

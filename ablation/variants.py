@@ -1,0 +1,135 @@
+"""Clouds that an arm needs featurized anew: once for all its trials, into `OUT/datasets/HASH`."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+from ablation.perturbations import featurization_of
+from cluster.config import build_config
+from cluster.errors import RunFailed, UserError
+from cluster.mpi import OneProcess
+from featurization.config import FeaturizationConfig, RadiationName
+from featurization.featurize import featurize
+from featurization.manifest import read_manifest
+from featurization.origin import GROWN, SAME, state_of
+from featurization.sources import open_source
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which clouds a trial starts from."""
+
+    folder: Path
+    radiation: RadiationName | None
+    config: FeaturizationConfig
+
+    @property
+    def name(self) -> str:
+        """Of like clouds the same."""
+        return f"{self.folder}, {self.radiation or self.config.radiation}"
+
+
+class Variants:
+    """The datasets of a grid: its own, and those that its arms are featurized into.
+
+    Args:
+        dataset: folder of the grid's own.
+        out: the grid's folder.
+    """
+
+    def __init__(self, dataset: Path, out: Path) -> None:
+        self._dataset, self._out = dataset.resolve(), out.resolve()
+        self._manifest = read_manifest(dataset)
+        self._config = build_config(
+            FeaturizationConfig, self._manifest["config"], where=f"{dataset}/manifest.json"
+        )
+
+    def base(self, radiation: RadiationName | None) -> Source:
+        """The grid's own clouds."""
+        return Source(self._dataset, radiation, self._config)
+
+    def of(self, arm: str, strength: float | None, radiation: RadiationName | None) -> Source:
+        """The clouds that an arm starts from.
+
+        Args:
+            radiation: the training's; an arm that changes it goes before.
+        """
+        asked = featurization_of(arm, strength, self._config)
+        if asked == self._config:
+            return self.base(radiation)
+        if asked.radiation != self._config.radiation:
+            radiation = asked.radiation
+            there = {"radiation": self._config.radiation} | {
+                "also_radiation": self._config.also_radiation
+            }
+            if asked.model_copy(update=there) == self._config and (
+                radiation in self._config.also_radiation
+            ):
+                return self.base(radiation)
+        decides = [self._manifest["content_hash"], asked.model_dump()]
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return Source(self._out / "datasets" / digest[:16], radiation, asked)
+
+    def featurize(self, source: Source, ranks: int) -> None:
+        """Make a dataset if it is not there; what is there of it is gone on with.
+
+        Raises:
+            UserError: a source of the grid's dataset is gone, or is not what it was.
+            RunFailed: featurization failed.
+        """
+        if source.folder == self._dataset:
+            return
+        listed, there = self._manifest["sources"], 0
+        if (source.folder / "manifest.json").exists():
+            there = len(read_manifest(source.folder)["sources"])
+        for each in listed[there:]:
+            self._check(each)
+        for number, each in enumerate(listed[there:], start=there):
+            _featurize(each["spec"], source.folder, source.config, ranks, append=number > 0)
+
+    def _check(self, listed: dict[str, Any]) -> None:
+        opened = open_source(listed["spec"], id_prop_label=self._config.id_prop_label)
+        state = state_of(opened, listed)
+        if state not in (SAME, GROWN):
+            raise UserError(
+                f"the source {listed['spec']} of {self._dataset} is {state}",
+                remedy="bring it back, or leave out the arms that are featurized anew",
+            )
+
+
+def _featurize(
+    spec: str, out: Path, config: FeaturizationConfig, ranks: int, *, append: bool
+) -> None:
+    """On MPI ranks of this machine where there are some, else in this process."""
+    mpiexec = which("mpiexec", path=str(Path(sys.executable).parent)) or which("mpiexec")
+    if mpiexec is None or ranks == 1:
+        featurize(spec, out, config, OneProcess(), append=append)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "featurization.toml"
+        settings.write_text(_toml(config.model_dump()), encoding="utf-8")
+        command: Sequence[str] = (
+            *(mpiexec, "-n", str(ranks), sys.executable, "-m", "xtal", "featurize"),
+            *(spec, str(out), "--config", str(settings), *(["--append"] if append else [])),
+        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        failure = UserError if done.returncode == 2 else RunFailed
+        raise failure(
+            f"xtal featurize {spec} {out} failed:\n{done.stderr.strip()}",
+            remedy="mend the source, or the MPI installation",
+        )
+
+
+def _toml(values: dict[str, Any]) -> str:
+    """Numbers, texts and lists of them are written as in JSON."""
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
