@@ -62,18 +62,15 @@ class Variants:
         Args:
             radiation: the training's; an arm that changes it goes before.
         """
-        asked = featurization_of(arm, strength, self._config)
-        if asked == self._config:
+        ours, asked = self._config, featurization_of(arm, strength, self._config)
+        if asked == ours:
             return self.base(radiation)
-        if asked.radiation != self._config.radiation:
+        there = asked.radiation in (ours.radiation, *ours.also_radiation)
+        columns = {"radiation": ours.radiation, "also_radiation": ours.also_radiation}
+        if there and asked.model_copy(update=columns) == ours:
+            return self.base(asked.radiation)
+        if asked.radiation != ours.radiation:
             radiation = asked.radiation
-            there = {"radiation": self._config.radiation} | {
-                "also_radiation": self._config.also_radiation
-            }
-            if asked.model_copy(update=there) == self._config and (
-                radiation in self._config.also_radiation
-            ):
-                return self.base(radiation)
         decides = [self._manifest["content_hash"], asked.model_dump()]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
         return Source(self._out / "datasets" / digest[:16], radiation, asked)

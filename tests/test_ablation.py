@@ -182,6 +182,22 @@ def test_a_training_serves_several_trials():
     assert len(plan(large_grid(modes=["test_only"]), HASH)) == 2 * 2 * 2 * (2 + len(doses))
 
 
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("quick", 20, 100), ("paper", 250, 500), ("full", 2000, 9000)]
+)
+def test_the_grids_that_come_with_the_program(name, least, most):
+    with pytest.raises(UserError, match="dataset: not given"):
+        read_grid(Path(name))
+    planned = plan(read_grid(Path(name), dataset="x"), HASH)
+    assert least <= len(planned) <= most
+    tasks = {trial.training.task for trial in planned}
+    assert len(tasks) == (1 if name == "quick" else 5)
+    arms = {trial.arm for trial in planned}
+    if name == "full":
+        poses = {arm.name for arm in perturbations.ARMS.values() if arm.pose}
+        assert arms == set(perturbations.ARMS) - poses  # both models are invariant
+
+
 def test_exclusions_leave_out_what_they_name():
     everything = {t.id for t in plan(large_grid(), HASH)}
     out = {"model": "boosted", "mode": ["test_only", "train_only"]}
