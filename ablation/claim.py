@@ -8,8 +8,8 @@ goes on only if it stays the same; the old one, should it wake up, sees that and
 
 import json
 import os
+import platform
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -126,7 +126,7 @@ def _here() -> dict[str, Any]:
         place += os.readlink("/proc/self/ns/pid")
     except OSError:
         place = ""
-    return {"host": socket.gethostname(), "place": place, "pid": os.getpid()}
+    return {"host": platform.node(), "place": place, "pid": os.getpid()}
 
 
 def _is_dead(there: dict[str, Any]) -> bool:
