@@ -244,7 +244,8 @@ def train(
         str | None,
         typer.Option(
             help="crystal_system, bulk_modulus, shear_modulus, band_gap, stability, or all: one "
-            "network for all that the dataset has labels of."
+            "network for all that the dataset has labels of; numbers: log_bulk_modulus, "
+            "log_shear_modulus."
         ),
     ] = None,
     threshold: Annotated[

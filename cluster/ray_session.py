@@ -67,7 +67,7 @@ def cards(here: int) -> int:
 
 
 @contextmanager
-def ray_for(cpus: int) -> Iterator[Path]:
+def ray_for(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
     """Ray for the duration of a `with` block: the batch job's, or else a private one.
 
     Inside the block `import ray` gives that session. The value of the block is a private folder
@@ -75,10 +75,11 @@ def ray_for(cpus: int) -> Iterator[Path]:
 
     Args:
         cpus: of the private one; a job's Ray has all cores of the job (`cores`).
+        metrics_port: as in `local_ray`; a job's Ray has its own.
     """
     job = job_ray()
     if job is None:
-        with local_ray(cpus) as folder:
+        with local_ray(cpus, metrics_port) as folder:
             yield folder
         return
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=job.token)
@@ -117,20 +118,27 @@ def private_folder(token: str) -> Iterator[Path]:
 
 
 @contextmanager
-def local_ray(cpus: int) -> Iterator[Path]:
+def local_ray(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
     """Start Ray with `cpus` CPUs for the duration of a `with` block.
 
     All services listen on the loopback network and ask for a token of this process alone, which
     lies in a private folder (0700, token 0600) under a short temporary path and is removed at the
     end with everything else that Ray wrote; what a killed process left is removed by the next
     session. Inside the block `import ray` gives that session; the value of the block is the folder.
+
+    Args:
+        metrics_port: on the loopback network, where Prometheus may read metrics without a token,
+            as it does everywhere; None: Ray collects none.
     """
     if "ray" in sys.modules and any(os.environ.get(n) != v for n, v in _AT_IMPORT.items()):
         raise RuntimeError(f"ray was imported before {_AT_IMPORT} was set: Ray reads it only once")
     os.environ.update(_AT_IMPORT)
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_enable_metrics_collection": "0",
+        "RAY_enable_metrics_collection": str(int(metrics_port is not None)),
+        "RAY_worker_niceness": "0",  # of 15: workers are the work itself
+        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_enable_open_telemetry": "0",  # with it, none of a worker's own metrics arrive
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
@@ -143,6 +151,7 @@ def local_ray(cpus: int) -> Iterator[Path]:
                 address="local",
                 num_cpus=cpus,
                 include_dashboard=False,
+                _metrics_export_port=metrics_port,
                 _node_ip_address=_LOOPBACK,
                 _temp_dir=str(folder / "ray"),  # Ray opens its own folder to everybody
             ):

@@ -157,6 +157,25 @@ def test_weights_depend_on_the_seed_alone(clouds):
     assert not torch.equal(first["head.1.weight"], other["head.1.weight"])
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 99))
+def test_gradients_are_those_of_pooling_all_points(lengths, seed):
+    batch = random_set(seed, lengths).batch(torch.arange(len(lengths)))
+    torch.manual_seed(seed)
+    model = PointNet(3, 16).double()
+    batch = CloudBatch(batch.q_P3.double(), batch.intensity_P.double(), batch.lengths_B)
+    model.train()(batch).square().sum().backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    features = torch.cat([batch.q_P3, torch.log1p(batch.intensity_P)[:, None]], dim=1)
+    pooled = [part.amax(dim=0) for part in model.points(features).split(batch.lengths_B.tolist())]
+    logits = model.head(torch.stack(pooled))
+    assert torch.allclose(model.eval()(batch), logits)
+    logits.square().sum().backward()
+    for gradient, parameter in zip(found, model.parameters(), strict=True):
+        assert torch.allclose(gradient, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
 def test_one_batch_can_be_learned_by_heart():
     data = random_set(7, [20] * 12)
     batch, target = data.batch(torch.arange(12)), torch.arange(12) % 3

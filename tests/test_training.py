@@ -3,10 +3,16 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +24,7 @@ from safetensors import safe_open
 from small import tiny
 
 from cluster.errors import UserError
-from training import checkpoint, loop
+from training import checkpoint, distributed, loop
 from training.distributed import fit_on_workers
 from training.ensemble import load_members
 from training.evaluate import evaluate_run
@@ -396,7 +402,7 @@ def test_shares_of_a_batch_add_up_to_its_gradient(clouds, size):
         model = new_network(tiny(), clouds, parts.rows["train"])
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
         turns = torch.Generator().manual_seed(0)
-        loop._step(model, optimizer, clouds, parts, rows, turns, peers, Stopwatch())
+        loop._step(model, optimizer, clouds, parts, tiny(), rows, turns, peers, Stopwatch())
         return peers.sums[0]
 
     alone = summed(Share(0, 1))
@@ -411,36 +417,155 @@ def epochs_of(folder):
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
 
 
-@pytest.mark.slow
-def test_two_workers_give_the_result_of_one(dataset, clouds, tmp_path):
-    config = tiny(batch_size=19, epochs=2)
-    parts = Parts.of(clouds, config)
-    assert len(parts.rows["train"]) % 19 % 2 or len(parts.rows["validation"]) % 2  # odd tails
-    fit(tmp_path / "one", clouds, config, identity=IDENTITY)
-    two = config.model_copy(update={"workers": 2})
+SHARED = tiny(batch_size=19, epochs=3, workers=2, checkpoint_steps=1)
+
+
+@pytest.fixture(scope="module")
+def two(dataset, tmp_path_factory):
+    """A training of two workers that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("workers") / "two"
     seen = []
     tokens = set()
     terminated = signal.getsignal(signal.SIGTERM)
 
     def progress(at):
-        seen.append(at.epoch)
+        seen.append((at.epoch, at.step))
         tokens.add(Path(os.environ["RAY_AUTH_TOKEN_PATH"]))
         with pytest.raises(SystemExit):  # a batch system's SIGTERM tidies up
             signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
 
-    fit_on_workers(
-        dataset, tmp_path / "two", two, identity=IDENTITY, resume=False, progress=progress
-    )
-    assert seen == [0, 1]
+    fit_on_workers(dataset, folder, SHARED, identity=IDENTITY, resume=False, progress=progress)
+    assert seen == sorted(seen)
+    assert seen[-1][0] == SHARED.epochs - 1
     (token,) = tokens
     assert not token.parent.exists()  # of Ray nothing is left
     assert signal.getsignal(signal.SIGTERM) == terminated
-    one, other = (checkpoint.read(tmp_path / n / MODEL) for n in ("one", "two"))
+    return folder
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_result_of_one(clouds, two, tmp_path):
+    config = SHARED.model_copy(update={"workers": 1})
+    parts = Parts.of(clouds, config)
+    assert len(parts.rows["train"]) % 19 % 2 or len(parts.rows["validation"]) % 2  # odd tails
+    fit(tmp_path / "one", clouds, config, identity=IDENTITY)
+    one, other = (checkpoint.read(folder / MODEL) for folder in (tmp_path / "one", two))
     assert one[1] == other[1]
     for name, tensor in one[0].items():
         assert torch.allclose(other[0][name], tensor, rtol=1e-3, atol=1e-5), name
-    for a, b in zip(epochs_of(tmp_path / "one"), epochs_of(tmp_path / "two"), strict=True):
+    for a, b in zip(epochs_of(tmp_path / "one"), epochs_of(two), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     # One worker may go on where two stopped: the checkpoint is the same.
+    shutil.copytree(two, tmp_path / "two")
     model = fit(tmp_path / "two", clouds, config, identity=IDENTITY, resume=True)
     assert all(torch.equal(other[0][n], t) for n, t in model.state_dict().items())
+
+
+def descendants(name):
+    """Processes under this one whose command begins so."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (place / "cmdline").read_bytes().split(b"\0")[0].decode()
+            above = int(place.name)
+            while above not in (0, 1, os.getpid()):
+                stat = Path(f"/proc/{above}/stat").read_text()
+                above = int(stat.rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if above == os.getpid() and Path(command.strip()).name.startswith(name):
+            found.append(int(place.name))
+    return found
+
+
+def kill_at_checkpoint(folder, name, killed):
+    """SIGKILL one of the processes of this name as soon as there is a checkpoint."""
+    while not (folder / CHECKPOINT).exists():
+        time.sleep(0.005)
+    os.kill(descendants(name)[0], signal.SIGKILL)
+    killed.append((folder / MODEL).exists())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["ray::_Worker", "raylet"])
+def test_a_killed_worker_or_ray_changes_nothing(dataset, two, tmp_path, victim):
+    killed = []
+    folder = tmp_path / "run"
+    hunter = threading.Thread(target=kill_at_checkpoint, args=(folder, victim, killed))
+    hunter.start()
+    fit_on_workers(
+        dataset, folder, SHARED, identity=IDENTITY, resume=False, progress=lambda at: None
+    )
+    hunter.join()
+    assert killed == [False]  # it was under way
+    assert_same(folder, two)
+
+
+class Seen(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_prometheus_finds_the_training_on_the_loopback_network(dataset, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    wanted = {f"ray_xtal_{name}" for name in ("step", "train_loss", "clouds_per_second")}
+    wanted |= {"ray_xtal_data_wait", "ray_xtal_resident_gib", "ray_xtal_validation_auroc"}
+
+    def progress(at):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                lines = answer.read().decode().splitlines()
+        except OSError:
+            return  # not there yet
+        of = {rank: {x.split("{")[0] for x in lines if f'rank="{rank}"' in x} for rank in (0, 1)}
+        if all(wanted <= names for names in of.values()):
+            listening = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+            places = re.findall(rf"(\w+):{port:04X} 0+:0000 0A", listening)
+            assert places == ["0100007F"]  # 127.0.0.1, and nowhere else
+            raise Seen
+
+    config = SHARED.model_copy(update={"metrics_port": port, "epochs": 100_000})
+    with pytest.raises(Seen):
+        fit_on_workers(
+            dataset, tmp_path, config, identity=IDENTITY, resume=False, progress=progress
+        )
+
+
+def test_workers_that_die_too_often_are_a_user_error(dataset, tmp_path, monkeypatch):
+    attempts = []
+
+    @contextmanager
+    def session(cpus, metrics_port):
+        yield tmp_path
+
+    def dying(*given):
+        attempts.append(given[-2])  # resume
+        raise distributed._Lost("ActorDiedError: killed")
+
+    monkeypatch.setattr(distributed, "ray_for", session)
+    monkeypatch.setattr(distributed, "_fit", dying)
+    config = SHARED.model_copy(update={"restarts": 2})
+    with pytest.raises(UserError, match=r"workers died 3 times.*killed\n.*--resume"):
+        fit_on_workers(
+            dataset, tmp_path, config, identity=IDENTITY, resume=False, progress=lambda at: None
+        )
+    assert attempts == [False, True, True]
+
+
+def test_checkpoints_come_by_time_too(clouds, tmp_path, monkeypatch):
+    steps = []
+    save = loop._save
+
+    def watching(path, at, *rest):
+        steps.append((at.epoch, at.step))
+        save(path, at, *rest)
+
+    monkeypatch.setattr(loop, "_save", watching)
+    run(tmp_path / "often", clouds, tiny(epochs=1, checkpoint_seconds=1e-9))
+    often = len(steps)
+    run(tmp_path / "seldom", clouds, tiny(epochs=1))
+    assert len(steps) == often + 1  # the end of the epoch alone
+    assert often > 3
+    assert steps[:often] == [(0, step) for step in range(1, often)] + [(1, 0)]

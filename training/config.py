@@ -18,7 +18,13 @@ BLEND: tuple[ModelName, ...] = ("boosted", "harmonic")
 
 
 # Settings that do not decide the trained model: how the work is shared, how often it is saved.
-NOT_DECIDING = {"workers", "restarts", "checkpoint_steps", "checkpoint_seconds"}
+NOT_DECIDING = {
+    "workers",
+    "restarts",
+    "metrics_port",
+    "checkpoint_steps",
+    "checkpoint_seconds",
+}
 
 
 class TrainingConfig(Config):
@@ -72,6 +78,8 @@ class TrainingConfig(Config):
     """Processes that share each batch."""
     restarts: int = Field(default=3, ge=0)
     """Times that the workers begin again at their checkpoint after one of them died."""
+    metrics_port: int | None = Field(default=None, ge=1024, le=65535)
+    """Port of the loopback network where Prometheus finds metrics of Ray and of its workers."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
@@ -84,6 +92,8 @@ class TrainingConfig(Config):
             raise ValueError(f"also = {list(self.also)}: each question once, without {self.task}")
         if self.init is not None and grown:
             raise ValueError(f"init = {self.init}: {self.model} has no weights to begin with")
+        if self.metrics_port is not None and self.workers == 1:
+            raise ValueError(f"metrics_port = {self.metrics_port}: one worker has no Ray")
         if self.batch_size < self.workers:
             raise ValueError(f"{self.workers} workers cannot share batch_size = {self.batch_size}")
         task_of(self.task, self.threshold)

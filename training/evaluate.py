@@ -24,6 +24,7 @@ from training.dataset import Clouds, in_memory, open_clouds
 from training.ensemble import Trained, load_run
 from training.leakage import audit
 from training.metrics import confusion_matrix, evaluate
+from training.numbers import errors
 from training.split import Parts
 from training.tensorboard import log_evaluation
 
@@ -99,6 +100,8 @@ def evaluate_run(
         answer.setdefault("also", {})[task] = {
             name: summary[name] for name in ("question", "structures", "metrics", "class_counts")
         }
+    if config.question.edges:
+        answer["metrics"] = plain(_number_errors(data, parts, probabilities["test"], config))
     if leaks:
         answer["leakage"] = _leakage(run, data, parts, probabilities["test"], config)
     if against is not None:
@@ -108,6 +111,21 @@ def evaluate_run(
     write_text(run / "metrics.json", json.dumps(answer, indent=1, ensure_ascii=False))
     write_card(run)
     return answer
+
+
+def _number_errors(
+    data: Clouds, parts: Parts, probability_NC: NDArray[np.float64], config: TrainingConfig
+) -> dict[str, Any]:
+    """Errors of the number itself on the test split."""
+    rows, task = parts.rows["test"].numpy(), config.question
+    found = errors(
+        task.values(data.labels[task.label][rows]),
+        task.edges,
+        probability_NC,
+        data.groups[rows].tolist(),
+        resamples=config.resamples,
+    )
+    return {name: asdict(interval) for name, interval in found.items()}
 
 
 def _leakage(

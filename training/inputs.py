@@ -30,7 +30,7 @@ class Rows:
 
     def batch(self, rows_B: Tensor) -> Tensor:
         """Those of some crystals."""
-        return self.values_N[rows_B]
+        return self.values_N.index_select(0, rows_B)  # half the time of self.values_N[rows_B]
 
 
 def prepared(model: Network, data: Clouds, peers: Peers, folder: Path) -> Inputs:

@@ -45,7 +45,7 @@ class _Position:
     step: int = 0  # in the epoch
     loss_sum: float = 0.0  # over the crystals of this epoch so far
     best_epoch: int = -1
-    best: list[float] = field(default_factory=list)  # validation AUROC, −loss
+    best: list[float] = field(default_factory=list)  # validation AUROC (not of numbers), −loss
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -186,10 +186,10 @@ def _step(
 ) -> float:
     """One update; returns the loss summed over the crystals of the whole batch."""
     where = next(model.parameters()).device
-    watch.start()
     torch.manual_seed(random.initial_seed())  # of dropout, on every device
     model.train()
     optimizer.zero_grad(set_to_none=False)
+    watch.start()
     mine = slice(peers.rank, None, peers.size)
     batch = inputs.batch(rows_B[mine])
     if model.rotates:

@@ -52,11 +52,15 @@ def validation(
 
 
 def standing(record: dict[str, float], config: TrainingConfig) -> list[float]:
-    """How good an epoch is, to compare as lists are: mean AUROC of all questions, then −loss."""
+    """How good an epoch is, to compare as lists are: mean AUROC of all questions, then −loss.
+
+    Of a number the loss alone: AUROC of its bins does not know which are neighbours.
+    """
     endings = ["", *(f"_{task}" for task in config.also)]
     return [
         float(np.mean([sign * record[f"validation_{name}{ending}"] for ending in endings]))
         for name, sign in (("auroc", 1), ("loss", -1))
+        if name == "loss" or not config.question.edges
     ]
 
 

@@ -9,6 +9,7 @@
 | `probability_CLASS`                    | instead of it, where there are more than two classes   |
 | `lower`, `upper`                       | that probability by the members of the ensemble        |
 | `out_of_distribution`                  | unlike the training crystals, see `training.domain`    |
+| `value`                                | for a number, log₁₀ of its unit: the median            |
 | `reason`                               | why there is no prediction                             |
 
 `lower` and `upper` are the lowest and the highest probability that a member of the ensemble gives;
@@ -19,6 +20,9 @@ normal, and would be as wide as [0, 1] for three. Without an ensemble both are e
 
 A model of several questions answers the first of them, or those asked for: then a crystal has a row
 for each, and its probabilities are in the columns that belong to the question.
+
+Of a number (`log_bulk_modulus`), `prediction` is the value with its unit, and `lower` and `upper`
+are, as `value`, log₁₀ of the unit: where the model expects nine in ten such crystals to lie.
 """
 
 import json
@@ -43,6 +47,7 @@ from training import domain
 from training.dataset import cloud_set
 from training.ensemble import load_run
 from training.features import Item, of_dataset, of_source, of_structures
+from training.numbers import quantiles
 from training.tasks import Task
 
 # What is predicted at a time: as many crystals, or stored points, at most.
@@ -139,19 +144,27 @@ def _answers(
     binary = len(task.classes) == 2
     meant_N = np.ones_like(predicted_N) if binary else predicted_N
     meant_MN = np.take_along_axis(members_MNC, meant_N[None, :, None], axis=2)[..., 0]
+    numbers_N3 = quantiles(task.edges, mean_NC) if task.edges else None
     for row, predicted in enumerate(predicted_N):
         answer: dict[str, Any] = {"prediction": task.classes[predicted]}
-        shown = mean_NC[row, 1:] if binary else mean_NC[row]
-        answer |= dict(zip(_columns(task), shown.tolist(), strict=True))
-        if len(members_MNC) > 1:
-            answer |= {"lower": meant_MN[:, row].min(), "upper": meant_MN[:, row].max()}
+        if numbers_N3 is not None:
+            lower, value, upper = numbers_N3[row].tolist()
+            answer["prediction"] = f"{10**value:.3g} {task.unit}"
+            answer |= {"value": value, "lower": lower, "upper": upper}
+        else:
+            shown = mean_NC[row, 1:] if binary else mean_NC[row]
+            answer |= dict(zip(_columns(task), shown.tolist(), strict=True))
+            if len(members_MNC) > 1:
+                answer |= {"lower": meant_MN[:, row].min(), "upper": meant_MN[:, row].max()}
         if strange is not None:
             answer["out_of_distribution"] = bool(strange[row])
         yield answer
 
 
 def _columns(task: Task) -> list[str]:
-    """The columns of a question's probabilities."""
+    """The columns of a question's probabilities, or of its number."""
+    if task.edges:
+        return ["value"]
     binary = len(task.classes) == 2
     return ["probability"] if binary else [f"probability_{name}" for name in task.classes]
 

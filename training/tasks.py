@@ -2,20 +2,32 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featurization.cells import CRYSTAL_SYSTEMS
 
-TaskName = Literal["crystal_system", "bulk_modulus", "shear_modulus", "band_gap", "stability"]
+TaskName = Literal[
+    "crystal_system",
+    "bulk_modulus",
+    "shear_modulus",
+    "band_gap",
+    "stability",
+    "log_bulk_modulus",
+    "log_shear_modulus",
+]
 UNKNOWN = -1  # class of a crystal whose label is not known
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A classification task; binary tasks cut a scalar label at a threshold."""
+    """A classification task.
+
+    Binary tasks cut a scalar label at a threshold; tasks with edges ask for the scalar itself, by
+    bins of its base-10 logarithm (`training.numbers`).
+    """
 
     name: str
     title: str
@@ -24,17 +36,23 @@ class Task:
     threshold: float | None = None
     unit: str = ""
     positive_above: bool = True  # class 1 is label > threshold; otherwise label ≤ threshold
+    edges: tuple[float, ...] = ()  # of the bins, one more than classes; beyond counts in the last
 
     @property
     def question(self) -> str:
         """The task as a question with its threshold and unit."""
+        if self.edges:
+            return f"which {self.title}, as log₁₀ of {self.unit}?"
         if self.threshold is None:
             return f"which {self.title}?"
         sign = ">" if self.positive_above else "≤"
         return f"{self.classes[1]} ({self.title} {sign} {self.threshold:g} {self.unit})?"
 
     def target(self, values_N: NDArray[np.float64] | NDArray[np.str_]) -> NDArray[np.int64]:
-        """(N,) labels → (N,) classes; NaN gives UNKNOWN."""
+        """(N,) labels → (N,) classes; NaN gives UNKNOWN, as with edges do labels ≤ 0."""
+        if self.edges:
+            bins = np.searchsorted(self.edges[1:-1], values := self.values(values_N), side="right")
+            return np.where(np.isfinite(values), bins, UNKNOWN)
         if self.threshold is None:
             index = {name: i for i, name in enumerate(self.classes)}
             return np.array([index[str(value)] for value in values_N], dtype=np.int64)
@@ -42,6 +60,20 @@ class Task:
         above = values > self.threshold
         classes = (above if self.positive_above else ~above).astype(np.int64)
         return np.where(np.isfinite(values), classes, UNKNOWN)
+
+    def values(self, labels_N: NDArray[Any]) -> NDArray[np.float64]:
+        """(N,) base-10 logarithms; NaN where there is none."""
+        labels = np.asarray(labels_N, dtype=np.float64)
+        positive = np.isfinite(labels) & (labels > 0)
+        return np.log10(labels, where=positive, out=np.full(labels.shape, np.nan))
+
+
+def _number(name: TaskName, title: str, label: str, unit: str, first: int, last: int) -> Task:
+    """A task by bins of a tenth of a decade, from 10^(first/10) to 10^(last/10) of the unit."""
+    tenths = range(first, last)
+    classes = tuple(f"{10 ** (t / 10):.3g}–{10 ** ((t + 1) / 10):.3g} {unit}" for t in tenths)
+    edges = tuple(t / 10 for t in (*tenths, last))
+    return Task(name, title, label, classes, unit=unit, edges=edges)
 
 
 # Thresholds of Wang et al. (arXiv 2101.01773), section "Results".
@@ -62,6 +94,10 @@ TASKS: dict[TaskName, Task] = {
         0.02,
         "eV/atom",
         positive_above=False,
+    ),
+    "log_bulk_modulus": _number("log_bulk_modulus", "bulk modulus", "bulk_modulus", "GPa", 3, 27),
+    "log_shear_modulus": _number(
+        "log_shear_modulus", "shear modulus", "shear_modulus", "GPa", 0, 27
     ),
 }
 

@@ -26,7 +26,7 @@ _NETWORKS: dict[NetworkName, type[Network]] = {
     "powder_cnn": PowderCNN,
 }
 
-_SAMPLE = 1 << 14
+_SAMPLE = 1 << 13
 _WIDTHS: dict[ModelName, int] = {"pointnet": 256, "harmonic": 256}
 
 # What a boosted model sees of each crystal, (N, F).
@@ -67,7 +67,7 @@ def new_network(
 ) -> Network:
     """The configured network with seeded weights and units of the training crystals.
 
-    Of more than 16,384 of them, as many that are evenly spaced give the units. With `config.init`
+    Of more than 8,192 of them, as many that are evenly spaced give the units. With `config.init`
     both are those of that run.
 
     Args:

@@ -61,7 +61,24 @@ class PointNet(nn.Module):
         """(B, C) logits."""
         intensity = torch.log1p(batch.intensity_P / self.intensity_scale)
         features_P4 = torch.cat([batch.q_P3 / self.q_scale, intensity[:, None]], dim=1)
-        points_PC = self.points(features_P4)
-        pooled_BC = torch.segment_reduce(points_PC, "max", lengths=batch.lengths_B, unsafe=True)
-        logits: Tensor = self.head(pooled_BC)
+        logits: Tensor = self.head(self._pooled(features_P4, batch.lengths_B))
         return logits
+
+    def _pooled(self, features_P4: Tensor, lengths_B: Tensor) -> Tensor:
+        """(B, width) largest value of each channel over a crystal's points.
+
+        Only the points that hold a largest value have a gradient, a quarter of them: these alone
+        are computed again with what a gradient needs.
+        """
+        with torch.set_grad_enabled(False):
+            points_PC = self.points(features_P4)
+            if not self.training:
+                return torch.segment_reduce(points_PC, "max", lengths=lengths_B, unsafe=True)
+            longest = max(1, int(lengths_B.max())) if len(lengths_B) else 1
+            within_L = torch.arange(longest, device=lengths_B.device)
+            first_B1 = (lengths_B.cumsum(0) - lengths_B)[:, None]
+            padded_BL = first_B1 + within_L.where(within_L < lengths_B[:, None], 0)
+            largest_BC = padded_BL.gather(1, points_PC[padded_BL].max(dim=1).indices)
+            chosen_S, place_BC = largest_BC.unique(return_inverse=True)
+        chosen_SC: Tensor = self.points(features_P4[chosen_S])
+        return chosen_SC.gather(0, place_BC)
