@@ -23,7 +23,8 @@ app = typer.Typer(
     name="xtal",
     help="Ask whether the structure of a crystal alone, without chemistry, tells what it does. "
     "Verbs in the order of the data: featurize, inspect, verify, train, evaluate, predict, ablate, "
-    "report, propensity; demo does all of them. On a cluster: submit, jobs, cancel, dashboard. "
+    "report, propensity; demo does all of them. On a cluster: submit, jobs, watch, cancel, "
+    "dashboard. "
     "--debug anywhere shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=True,
@@ -519,6 +520,20 @@ def demo(
     for line in answer.sentences:
         out.print(line, highlight=False)
     out.print(f"\nreport: {answer.report}", soft_wrap=True)
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A dataset, training or grid, or a folder of them.")],
+    every: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1)] = 10.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and stop.")] = False,
+    config: OptionsFile = None,
+) -> None:
+    """Say how far work is, from files alone: over ssh, without Ray; ends when the work has."""
+    from ablation.watch import watch as look_again
+
+    for text in look_again(run, every, once=once):
+        out.print(text, soft_wrap=True, highlight=False)
 
 
 register(app)

@@ -154,7 +154,10 @@ class _Driver:
                 try:
                     answers = ray.get(reference)
                 except ray.exceptions.RayError as error:  # the worker itself is gone
-                    lost, worker = lost + 1, hired()
+                    lost += 1
+                    # Of a lost node nobody is hired again: he would wait for cores for ever.
+                    room_left = len(idle) + len(running) < ray.cluster_resources().get("CPU", 0)
+                    worker = hired() if room_left else None
                     if lost > 3 * processes + 10:
                         raise RunFailed(
                             f"Ray lost {lost} workers in a row: {error}",
@@ -167,7 +170,8 @@ class _Driver:
                     self._failed(queue, job, answers)
                 else:
                     self._done(queue, job, answers)
-                idle.append((worker, job.group))
+                if worker is not None:
+                    idle.append((worker, job.group))
             self._tell([job for _, job in running.values()], processes, queue)
 
     def _jobs(self, todo: list[Trial]) -> list[Job]:

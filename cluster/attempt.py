@@ -3,8 +3,8 @@
 Every command of `xtal` goes on from what is on disk, so that a job survives by being run again:
 
 - SIGUSR1, which `sbatch --signal=B:USR1@120` sends before the time limit, is passed on; the job is
-  requeued once the command has stopped. SIGTERM (cancelled, or preempted: SLURM requeues that by
-  itself) is passed on, too, and ends the attempt.
+  requeued once the command has stopped. So it is after SIGTERM, by which SLURM warns of preemption,
+  unless the job was cancelled.
 - A command that fails while the disk is full or the file system is out of reach is run again as
   soon as it is not, within `WAIT` seconds.
 - Two attempts of a job that left RESULT as they found it end the job, instead of a third.
@@ -30,6 +30,7 @@ from types import FrameType
 
 from cluster.errors import RunFailed, UserError
 from cluster.files import append_line, whole_lines
+from cluster.slurm import look
 
 ATTEMPTS = "attempts.jsonl"
 WAIT = 600.0  # longest wait for a full disk or a file system out of reach, s
@@ -116,7 +117,8 @@ class Attempt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if self._child is not None:
-            self._child.send_signal(number)
+            # Not SIGTERM, at which srun kills all ranks before they have saved.
+            self._child.send_signal(signal.SIGUSR1)
 
     def run(self) -> int:
         """The command's exit code, 128 + signal if a signal ended it.
@@ -132,7 +134,7 @@ class Attempt:
                 return 128 + self.received
             self._child = subprocess.Popen(self._command)
             if self.received:  # it came in between
-                self._child.send_signal(self.received)
+                self._child.send_signal(signal.SIGUSR1)
             code = self._child.wait()
             code = code if code >= 0 else 128 - code
             if code in (0, _REQUEUE, _BAD_INPUT) or self.received or not self._trouble():
@@ -157,6 +159,7 @@ class Attempt:
 
 
 def _requeue(job: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which SLURM ends this attempt
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunFailed(
@@ -164,7 +167,7 @@ def _requeue(job: str) -> None:
             remedy="submit it again: it goes on where it stopped",
         )
     _say(f"job {job} is requeued and goes on where it stopped")
-    time.sleep(60)  # SLURM ends this attempt
+    time.sleep(60)
 
 
 def _say(text: str) -> None:
@@ -183,8 +186,9 @@ def main() -> None:
         if job:
             note_attempt(jobs, job, mark(result))
         code = attempt.run()
-        stopped = code == _REQUEUE or (attempt.received == signal.SIGUSR1 and code)
-        if stopped and job and attempt.received != signal.SIGTERM and code != _BAD_INPUT:
+        stopped = code == _REQUEUE or (attempt.received and code not in (0, _BAD_INPUT))
+        # SLURM also warns of a preemption by SIGTERM; a cancelled job runs no more.
+        if stopped and job and look(job).state == "RUNNING":
             _requeue(job)
     except (RunFailed, UserError) as error:
         sys.exit(f"xtal: {error}")

@@ -201,6 +201,7 @@ def _check_words(context: typer.Context, verb: str, words: Sequence[str]) -> Non
     """
     root: Any = context.find_root().command
     command: Any = root.get_command(context, verb)
+    command = getattr(command, "commands", {}).get("run", command)  # of ablate
     try:
         command.make_context(verb, list(words))
     except _UsageError as error:

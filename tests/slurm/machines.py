@@ -42,7 +42,7 @@ ClusterName=tiny
 SlurmctldHost=login
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/run/munge.socket,cred_expire=4
+AuthInfo=socket={folder}/run/munge.socket,cred_expire=6
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -195,7 +195,7 @@ class Machines:
         """Run a command on a host, in the shared folder."""
         enter = ["nsenter", "-t", str(self._inits[host]), "-n", "-u", "-i", "-m", "-p"]
         enter += [f"--wd={self.shared}", "--", *(str(word) for word in words)]
-        more.setdefault("timeout", 120)
+        more.setdefault("timeout", 300)
         done = subprocess.run(
             enter, capture_output=True, text=True, check=False, env=self.environment(), **more
         )
@@ -228,7 +228,15 @@ class Machines:
         pairs = (word.partition("=") for word in done.stdout.split())
         return {key: value for key, _, value in pairs}
 
-    def ended(self, job: str, seconds: float = 120) -> str:
+    def requeued(self, job: str) -> None:
+        """Wait until a job has been put back into the queue."""
+        self.until(
+            lambda: (at := self.job(job))["Restarts"] == "1" and at["JobState"] == "PENDING",
+            f"job {job} is requeued",
+            120,
+        )
+
+    def ended(self, job: str, seconds: float = 300) -> str:
         """Wait for the end of a job; its state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE")
         self.until(lambda: self.job(job)["JobState"] in over, f"job {job} has ended", seconds)

@@ -1,0 +1,120 @@
+"""Jobs that are stopped, requeued, preempted, or get nowhere; trainings as an array."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from machines import ROOT, Machines
+from test_featurize_jobs import content
+
+from cluster.files import whole_lines
+
+pytestmark = pytest.mark.slurm
+TEMPLATES = ROOT / "slurm"
+SOURCE = "prototypes:3000"
+OPTIONS = ["--selection", "miller:4"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: Machines) -> tuple[int, str]:
+    slurm.on("node1", ["xtal", "featurize", SOURCE, slurm.shared / "undisturbed", *OPTIONS])
+    return content(slurm.shared / "undisturbed")
+
+
+def begun(slurm: Machines, out: Path) -> None:
+    """Wait until blocks of a featurization are at work."""
+    slurm.until(lambda: any(out.glob("journal/at-*")), f"{out.name} has begun", 180)
+
+
+def featurizing(slurm: Machines, out: Path, *options: str) -> str:
+    words = ["--ntasks-per-node=2", f"--output={out}.log", "--time=5", *options]
+    words += [str(TEMPLATES / "featurize.sbatch"), SOURCE, str(out), *OPTIONS]
+    return slurm.sbatch(*words)
+
+
+def test_warned_before_the_limit_it_is_requeued_and_goes_on(
+    slurm: Machines, place: Path, undisturbed: tuple[int, str]
+) -> None:
+    """SIGUSR1 to the batch step alone, as --signal=B:USR1@… sends it."""
+    out = place / "data"
+    job = featurizing(slurm, out, "--nodes=2")
+    begun(slurm, out)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    slurm.requeued(job)
+    assert slurm.ended(job) == "COMPLETED", (place / "data.log").read_text()
+    assert content(out) == undisturbed
+    attempts = list(whole_lines(place / "data.jobs" / "attempts.jsonl"))
+    assert len({json.loads(line)["mark"] for line in attempts}) == len(attempts) == 2
+
+
+def test_a_lost_node_requeues_the_job(
+    slurm: Machines, place: Path, undisturbed: tuple[int, str]
+) -> None:
+    out = place / "data"
+    job = featurizing(slurm, out, "--nodes=2")
+    begun(slurm, out)
+    slurm.kill("node2")
+    slurm.requeued(job)
+    slurm.revive("node2")
+    assert slurm.ended(job) == "COMPLETED", (place / "data.log").read_text()
+    assert content(out) == undisturbed
+
+
+def test_no_progress_twice_is_the_end(slurm: Machines, place: Path) -> None:
+    script = place / "stuck.sbatch"
+    script.write_text(
+        '#!/bin/bash\nexec python -m cluster.attempt "$1" -- bash -c "echo it ran; exit 75"\n'
+    )
+    words = ["--requeue", "--open-mode=append", f"--output={place}/log", "--time=5"]
+    job = slurm.sbatch(*words, script, place / "out")
+    assert slurm.ended(job) == "FAILED"
+    log = (place / "log").read_text()
+    assert log.count("it ran") == 2
+    assert f"job {job} made no progress in its last two attempts" in log
+    assert slurm.job(job)["Restarts"] == "2"
+
+
+def test_cancelled_is_not_requeued_and_goes_on_with_other_nodes(
+    slurm: Machines, place: Path, undisturbed: tuple[int, str]
+) -> None:
+    out = place / "data"
+    job = featurizing(slurm, out, "--nodes=2")
+    begun(slurm, out)
+    slurm.run("scancel", job)
+    assert slurm.ended(job) == "CANCELLED"
+    time.sleep(1)
+    assert slurm.job(job)["Restarts"] == "0"
+    assert slurm.ended(featurizing(slurm, out, "--nodes=3")) == "COMPLETED"
+    assert content(out) == undisturbed
+
+
+def test_a_failed_link_ends_the_chain(slurm: Machines, place: Path) -> None:
+    (place / "empty.jsonl").write_text("{}\n")
+    words = ["xtal", "submit", "all", place / "empty.jsonl", place / "run"]
+    done = slurm.run(*words, "--site", slurm.shared / "site.toml")
+    jobs = [line.rpartition(" ")[2] for line in done.stdout.splitlines() if ": job " in line]
+    assert len(jobs) == 3
+    assert slurm.ended(jobs[0]) == "FAILED"
+    assert [slurm.ended(job) for job in jobs[1:]] == ["CANCELLED", "CANCELLED"]
+    rows = json.loads(slurm.run("xtal", "jobs", place / "run", "--json").stdout)
+    assert [row["verb"] for row in rows] == ["featurize", "train", "ablate"]
+    assert [row["state"] for row in rows] == ["FAILED", "CANCELLED", "CANCELLED"]
+
+
+@pytest.mark.parametrize("how", ["template", "submitit"])
+def test_array_of_trainings(slurm: Machines, place: Path, small: Path, how: str) -> None:
+    words = ["--task", "crystal_system", "--model", "majority"]
+    if how == "template":
+        options = ["--array=0-1", f"--output={place}/log-%a", "--time=5"]
+        script = TEMPLATES / "train-array.sbatch"
+        job = slurm.sbatch(*options, script, small, place / "runs", *words)
+    else:
+        submit = ["xtal", "submit", "train", small, place / "runs", "--array", "2"]
+        done = slurm.run(*submit, "--site", slurm.shared / "site.toml", *words)
+        job = done.stdout.partition("train: job ")[2].partition(";")[0]
+    slurm.until(lambda: slurm.run("squeue", "-h", "-j", job).stdout == "", "the array is done", 120)
+    for seed in range(2):
+        config = json.loads((place / "runs" / f"seed-{seed}" / "config.json").read_text())
+        assert config["training"]["seed"] == seed
+        assert (place / "runs" / f"seed-{seed}" / "metrics.json").exists()

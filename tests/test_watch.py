@@ -1,0 +1,90 @@
+"""How far work is, from files alone."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import SMALL, command, document, run, write_lines
+
+from ablation.watch import Standing, line, look, watch
+from cluster.attempt import jobs_folder
+from cluster.errors import UserError
+from cluster.slurm import record
+from featurization import worker
+from training.config import TrainingConfig
+
+
+def test_a_dataset_at_work_and_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [document(f"m{i}", 4 + i / 90) for i in range(200)]
+    source = write_lines(tmp_path / "s.jsonl", lines)
+    one = worker.entry_of
+
+    def interrupted(crystal: object, index: int, config: object) -> object:
+        if index == 150:
+            raise KeyboardInterrupt
+        return one(crystal, index, config)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker, "entry_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", SMALL.model_copy(update={"shard_structures": 64}))
+    (at,) = look(tmp_path / "out")
+    assert (at.kind, at.done, at.total, at.unit) == ("dataset", 128, 200, "records")
+    assert "128 structures in 2 shards" in at.said
+    monkeypatch.undo()
+    run(source, tmp_path / "out", SMALL.model_copy(update={"shard_structures": 64}))
+    (at,) = look(tmp_path / "out")
+    assert (at.done, at.total, at.finished) == (200, 200, True)
+
+
+def training(folder: Path, epochs: int, done: int, *, model: bool = False) -> Path:
+    folder.mkdir(parents=True)
+    config = TrainingConfig(task="crystal_system", epochs=epochs)
+    (folder / "config.json").write_text(json.dumps({"training": config.model_dump()}))
+    rows = [f"{epoch},{1 / epoch:.6f}\n" for epoch in range(1, done + 1)]
+    (folder / "history.csv").write_text("epoch,train_loss\n" + "".join(rows))
+    if model:
+        (folder / "model.safetensors").touch()
+        (folder / "metrics.json").touch()
+    return folder
+
+
+def test_a_training(tmp_path: Path) -> None:
+    (at,) = look(training(tmp_path / "a", 5, 2))
+    assert (at.kind, at.done, at.total, at.finished) == ("training", 2, 5, False)
+    assert "train_loss 0.5" in at.said
+    (at,) = look(training(tmp_path / "b", 5, 5))
+    assert not at.finished  # without its model it is still at work
+    (at,) = look(training(tmp_path / "c", 5, 5, model=True))
+    assert at.finished
+
+
+def test_the_rate_and_silence(tmp_path: Path) -> None:
+    before = Standing("dataset", tmp_path, 100, 700, "records", "s", 0.0)
+    now = Standing("dataset", tmp_path, 160, 700, "records", "s", 0.0)
+    text = line(now, before, 30.0)
+    assert "160 of 700 records, 2 records/s, 4.5 min left, silent for" in text
+    assert "records/s" not in line(now, now, 30.0)
+
+
+def test_a_chain_is_watched_to_its_end(tmp_path: Path) -> None:
+    for name in ("dataset", "train"):
+        record(jobs_folder(tmp_path / "run" / name), {"job": "1"})
+    assert look(tmp_path / "run") == []  # nothing yet, but it will be
+    training(tmp_path / "run" / "train", 3, 3, model=True)
+    told = watch(tmp_path / "run", 0.01)
+    assert "training" in next(told)
+    shutil.rmtree(jobs_folder(tmp_path / "run" / "dataset"))  # no longer expected
+    assert list(told) == []
+
+
+def test_the_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="holds no dataset, training or grid yet"):
+        look(tmp_path)
+    training(tmp_path / "train", 4, 1)
+    assert command(monkeypatch, "watch", tmp_path, "--once") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"training .*/train: 1 of 4 epochs; .*train_loss 1", said)
