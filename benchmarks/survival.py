@@ -1,6 +1,7 @@
 """Faults while jobs run on a SLURM of three hosts, and what each costs.
 
-`python -m benchmarks.survival [FAULT …]` needs root, slurm-wlm and munge (tests/slurm/machines.py).
+`python -m benchmarks.survival [featurize|ablate] [FAULT …]` needs root, slurm-wlm and munge
+(tests/slurm/machines.py).
 Each job's end state is compared with that of a job that nothing happened to.
 """
 
@@ -134,7 +135,8 @@ def limit(slurm: Machines, work: Work, out: Path) -> str:
 def main() -> None:
     if reason := obstacle():
         sys.exit(reason)
-    wanted = sys.argv[1:] or [*FAULTS, "time limit"]
+    works = [each for each in sys.argv[1:] if each in ("featurize", "ablate")]
+    wanted = [each for each in sys.argv[1:] if each not in works] or [*FAULTS, "time limit"]
     slurm = Machines()
     try:
         about = provenance()
@@ -149,6 +151,8 @@ def main() -> None:
         plan = slurm.shared / "grid.toml"
         plan.write_text(GRID.format(dataset=json.dumps(str(dataset))))
         for work in (featurizing(), grid(plan)):
+            if works and work.template not in works:
+                continue
             expected, usual = None, 0.0
             for name in wanted:
                 out = slurm.shared / f"{work.template}-{name.replace(' ', '-')}"
