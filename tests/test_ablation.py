@@ -21,7 +21,7 @@ from ablation.plan import fits_of, plan
 from ablation.record import PREDICTIONS, RECORD, Record
 from ablation.run import run_grid
 from ablation.status import duration, standing, status
-from ablation.variants import Source
+from ablation.variants import Source, Variants
 from ablation.worker import Shared, Worker, _Kept
 from cluster.errors import RunFailed, UserError
 from featurization.config import FeaturizationConfig
@@ -412,6 +412,49 @@ def test_what_is_kept_fits_into_memory():
     assert kept.get((3,)) is not None
     kept.put((6,), np.zeros(99, dtype=np.uint8))
     assert kept.get((6,)) is not None  # the last, whatever its size
+
+
+# --- clouds that are featurized anew -------------------------------------------------------------
+
+
+def test_an_arm_of_featurization_gets_clouds_of_the_same_crystals(dataset, clouds, tmp_path):
+    variants = Variants(dataset, tmp_path)
+    source = variants.of("point_atoms", None, None)
+    assert source.folder.parent == tmp_path / "datasets"
+    assert source == Variants(dataset, tmp_path).of("point_atoms", None, None)
+    variants.featurize(source, ranks=1)
+    data = load(source.folder, source.radiation)
+    assert data.ids.tolist() == clouds.ids.tolist()
+    torch.testing.assert_close(data.q_P3, clouds.q_P3)
+    assert not torch.allclose(data.intensity_P, clouds.intensity_P)
+    made = (source.folder / "manifest.json").stat().st_mtime_ns
+    variants.featurize(source, ranks=2)  # nothing is left to do
+    assert (source.folder / "manifest.json").stat().st_mtime_ns == made
+    trial = of_arm("point_atoms", model="majority", trees=1)
+    (answer,) = worker_in(tmp_path).train(
+        trial.fit, [trial], shared(clouds), shared(data, source.name)
+    )
+    assert len(answer.probability_NC) == len(Parts.of(clouds, tiny()).rows["test"])
+
+
+def test_arms_on_clouds_start_from_the_grids_own(dataset, tmp_path):
+    variants = Variants(dataset, tmp_path)
+    assert variants.of("jitter", 0.1, None) == variants.base(None)
+    assert variants.of("radiation_xray", None, None) == variants.base(None)
+    neutron = variants.of("radiation_neutron", None, "xray")
+    assert neutron.radiation == "neutron"
+    assert neutron.folder != dataset
+
+
+def test_a_source_that_is_not_what_it_was_is_refused(dataset, tmp_path):
+    moved = tmp_path / "dataset"
+    moved.mkdir()
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    manifest["sources"][0]["spec"] = "prototypes:141"
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    variants = Variants(moved, tmp_path / "out")
+    with pytest.raises(UserError, match="prototypes:141 of"):
+        variants.featurize(variants.of("point_atoms", None, None), 1)
 
 
 # --- the queue -----------------------------------------------------------------------------------
