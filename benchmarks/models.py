@@ -30,6 +30,7 @@ from training.tasks import TASKS
 SETTINGS: dict[str, dict[str, float]] = {
     "pointnet": {"epochs": 10, "batch_size": 32},
     "harmonic": {"epochs": 15, "batch_size": 128},
+    "blend": {"epochs": 15, "batch_size": 128},
     "attention": {"epochs": 16, "batch_size": 64, "learning_rate": 1.5e-3},
     "powder_cnn": {"epochs": 16, "batch_size": 64},
 }
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--tasks", nargs="+", default=[n for n, t in TASKS.items() if not t.edges])
-    models = [*get_args(NetworkName), *get_args(BoostedName)]
+    models = [*get_args(NetworkName), *get_args(BoostedName), "blend"]
     parser.add_argument("--models", nargs="+", default=models)
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
@@ -72,14 +73,17 @@ def row(data: CloudSet, config: TrainingConfig) -> str:
         trained = load_members(Path(folder), config)
     members = trained.probabilities(data, rows)
     target = parts.target_N[rows].numpy()
-    each = [float(score(target, member)[metric][0]) for member in members]
+    # A seed of a blend is one model of each kind.
+    kinds = len(members) // config.members
+    seeds = members.reshape(config.members, kinds, *members.shape[1:]).mean(axis=1)
+    each = [float(score(target, seed)[metric][0]) for seed in seeds]
     groups = data.groups[rows.numpy()].tolist()
     whole = evaluate(target, members.mean(axis=0), groups)[metric]
-    first = trained.members[0]
-    size = (
-        f"{first.rounds} trees"
-        if isinstance(first, Boosted)
-        else f"{sum(p.numel() for p in first.parameters()):,}"
+    size = " + ".join(
+        f"{model.rounds} trees"
+        if isinstance(model, Boosted)
+        else f"{sum(p.numel() for p in model.parameters()):,}"
+        for model in trained.members[:kinds]
     )
     return (
         f"| {config.task} | {config.model} | {np.mean(each):.4f} | "
