@@ -70,7 +70,7 @@ def grid(path: Path) -> Work:
         "ablate",
         ("--ntasks-per-node=1", "--cpus-per-task=2"),
         lambda out: [str(path), str(out)],
-        lambda out: (path := out / "results.jsonl").exists() and path.read_text().count("\n") > 2,
+        lambda out: (path := out / "record.jsonl").exists() and path.read_text().count("\n") > 2,
         state,
     )
 

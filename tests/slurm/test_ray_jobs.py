@@ -4,8 +4,11 @@ import json
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from machines import ROOT, Machines
+
+from cluster.files import whole_lines
 
 pytestmark = pytest.mark.slurm
 TEMPLATES = ROOT / "slurm"
@@ -123,13 +126,18 @@ def test_training_and_grid_over_nodes_one_of_which_is_lost(
     assert slurm.ended(train, 180) == "COMPLETED", newest(place / "run.jobs")
     metrics = json.loads((place / "run" / "metrics.json").read_text())
     assert 0 <= metrics["metrics"]["auroc"]["value"] <= 1
-    slurm.until(lambda: len(list(out.rglob("predictions.parquet"))) > 1, "trials are done", 180)
+    record = out / "record.jsonl"
+    slurm.until(
+        lambda: record.exists() and len(list(whole_lines(record))) > 1, "trials are done", 180
+    )
     slurm.kill("node3")
     killed = time.monotonic()
     assert slurm.ended(job, 240) == "COMPLETED", newest(place / "ablation.jobs")
     print(f"ended {time.monotonic() - killed:.0f} s after the loss")
     slurm.revive("node3")
-    assert len(list((out / "trials").rglob("predictions.parquet"))) == 12
+    results = pq.read_table(out / "results.parquet").to_pylist()
+    assert [row["status"] for row in results] == ["done"] * 12
+    assert len({row["trial"] for row in results}) == 12
     assert (out / "report.html").exists()
 
 
