@@ -131,8 +131,8 @@ EDGES = {
 }
 
 
-def lattice_features(cells):
-    cells = torch.tensor(np.array(cells), dtype=torch.float32)
+def lattice_features(cells, dtype=torch.float32):
+    cells = torch.tensor(np.array(cells), dtype=dtype)
     return baselines.lattice(crystals(lengths=[1] * len(cells), lattice_N33=cells))
 
 
@@ -142,10 +142,11 @@ def test_the_basis_of_the_lattice_does_not_matter(seed):
     random = np.random.default_rng(seed)
     cells = [5 * cell for cell in EDGES.values()]
     cells += [np.diag(random.uniform(3, 9, 3)) + random.normal(0, 1.5, (3, 3)) for _ in range(5)]
-    # A flat cell amplifies the rounding to float32 beyond any useful tolerance.
+    # A flat cell, and a basis of long vectors, would amplify a rounding to float32 beyond any
+    # useful tolerance.
     cells = [cell for cell in cells if abs(np.linalg.det(cell)) > 20]
     again = [unimodular(random) @ cell for cell in cells]
-    first, second = lattice_features(cells), lattice_features(again)
+    first, second = (lattice_features(each, torch.float64) for each in (cells, again))
     np.testing.assert_allclose(second, first, rtol=1e-3, atol=2e-3)
 
 
