@@ -4,7 +4,8 @@ Every command of `xtal` goes on from what is on disk, so that a job survives by 
 
 - SIGUSR1, which `sbatch --signal=B:USR1@120` sends before the time limit, is passed on; the job is
   requeued once the command has stopped. So it is after SIGTERM, by which SLURM warns of preemption,
-  unless the job was cancelled.
+  unless the job was cancelled; and after a command that a signal ended, as `srun` says of a step
+  when a node is lost or memory runs out.
 - A command that fails while the disk is full or the file system is out of reach is run again as
   soon as it is not, within `WAIT` seconds.
 - Two attempts of a job that left RESULT as they found it end the job, instead of a third.
@@ -187,8 +188,9 @@ def main() -> None:
             note_attempt(jobs, job, mark(result))
         code = attempt.run()
         stopped = code == _REQUEUE or (attempt.received and code not in (0, _BAD_INPUT))
+        killed = code > 128
         # SLURM also warns of a preemption by SIGTERM; a cancelled job runs no more.
-        if stopped and job and look(job).state == "RUNNING":
+        if (stopped or killed) and job and look(job).state == "RUNNING":
             _requeue(job)
     except (RunFailed, UserError) as error:
         sys.exit(f"xtal: {error}")
