@@ -739,16 +739,31 @@ setTimeout(() => {
   document.querySelectorAll("button[data-cloud]")[2].click();
   setTimeout(() => {
     const plot = document.getElementById("figure-clouds");
-    const probe = document.createElement("pre");
-    probe.id = "probe";
-    probe.textContent = JSON.stringify({
-      drawn: [...document.images].map((image) => image.naturalWidth > 100 && image.complete),
-      wide: document.documentElement.scrollWidth - window.innerWidth,
-      visible: plot.data.map((trace) => trace.visible),
-      hidden: [...document.querySelectorAll("span[data-cloud]")].map((text) => text.hidden),
-      point: Array.from(plot._fullData[4].customdata[0]),
-    });
-    document.body.append(probe);
+    const scene = plot._fullLayout.scene._scene;
+    const canvas = plot.querySelector("canvas");
+    const box = canvas.getBoundingClientRect();
+    const before = scene.getCamera().eye;
+    const drag = (kind, at, buttons) => canvas.dispatchEvent(new MouseEvent(kind, {
+      bubbles: true, view: window, button: 0, buttons,
+      clientX: box.left + at, clientY: box.top + box.height / 2,
+    }));
+    drag("mousedown", 100, 1);
+    for (let at = 100; at <= 200; at += 10) drag("mousemove", at, 1);
+    drag("mouseup", 200, 0);
+    setTimeout(() => {
+      const eye = scene.getCamera().eye;
+      const probe = document.createElement("pre");
+      probe.id = "probe";
+      probe.textContent = JSON.stringify({
+        drawn: [...document.images].map((image) => image.naturalWidth > 100 && image.complete),
+        wide: document.documentElement.scrollWidth - window.innerWidth,
+        visible: plot.data.map((trace) => trace.visible),
+        hidden: [...document.querySelectorAll("span[data-cloud]")].map((text) => text.hidden),
+        point: Array.from(plot._fullData[4].customdata[0]),
+        turned: Math.hypot(eye.x - before.x, eye.y - before.y, eye.z - before.z),
+      });
+      document.body.append(probe);
+    }, 500);
   }, 1000);
 }, 1000);
 </script></body>"""
@@ -799,4 +814,5 @@ def test_browser_draws_every_figure_and_turns_to_another_cloud(ablation, tmp_pat
     assert (h, k, l) != (0, 0, 0)
     assert length * spacing == pytest.approx(1.0, abs=1e-5)
     assert intensity > 0
+    assert found["turned"] > 0.1  # by dragging
     assert "cloud.plotly.com" not in re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
