@@ -37,6 +37,8 @@ ATTEMPTS = "attempts.jsonl"
 WAIT = 600.0  # longest wait for a full disk or a file system out of reach, s
 _REQUEUE = 75  # exit code of a command that a signal stopped with all work safe
 _BAD_INPUT = 2
+# What a killed step leaves on other nodes has gone by then; a new one met it and died of it.
+_SETTLE = 10.0  # s
 # What work leaves behind; all else (logs, locks, plans) changes without progress.
 _WORK = {".h5", ".safetensors", ".parquet", ".jsonl", ".csv", ".json", ".html"}
 _ROOM = 1 << 22  # bytes that must fit before work goes on
@@ -190,6 +192,8 @@ def main() -> None:
         stopped = code == _REQUEUE or (attempt.received and code not in (0, _BAD_INPUT))
         killed = code > 128
         # SLURM also warns of a preemption by SIGTERM; a cancelled job runs no more.
+        if killed and not stopped and job:
+            time.sleep(_SETTLE)
         if (stopped or killed) and job and look(job).state == "RUNNING":
             _requeue(job)
     except (RunFailed, UserError) as error:

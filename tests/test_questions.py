@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small import random_set, tiny
+from tiny import document, run, write_lines
 
 from cluster.errors import UserError
 from featurization.manifest import read_manifest
@@ -20,7 +21,7 @@ from training.models.build import DESCRIPTIONS, new_network
 from training.predict import predict
 from training.split import Parts
 from training.tasks import UNKNOWN, answerable
-from training.train import train
+from training.train import questions_of, train
 
 IDENTITY = {"content_hash": "0" * 64}
 STRUCTURE_ONLY = ["pointnet", "harmonic", "attention", "powder_cnn", "boosted", "powder", "blend"]
@@ -132,6 +133,14 @@ def test_a_blend_is_the_mean_of_its_kinds(dataset, tmp_path):
     predict(run, str(dataset), tmp_path / "table.csv")
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert all(row["prediction"] and row["lower"] <= row["upper"] for row in rows)
+
+
+def test_all_questions_are_those_of_the_labels_that_a_dataset_has(dataset, tmp_path):
+    assert questions_of(dataset) == ["crystal_system"]
+    lines = [document(f"m{i}", 4 + i / 9, band_gap=i / 10) for i in range(3)]
+    lines += [document("n", 5, energy_above_hull=0.1)]
+    run(write_lines(tmp_path / "s.jsonl", lines), tmp_path / "labelled")
+    assert questions_of(tmp_path / "labelled") == ["band_gap", "stability", "crystal_system"]
 
 
 def test_each_question_has_its_row(dataset, labelled, tmp_path):

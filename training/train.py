@@ -92,7 +92,8 @@ def questions_of(dataset: Path) -> list[TaskName]:
     Raises:
         UserError: no finished dataset.
     """
-    return answerable(read_manifest(dataset)["labels"])
+    shards = read_manifest(dataset)["shards"]
+    return answerable(sorted({label for row in shards for label in row["labels"]}))
 
 
 def _check_init(init: Path, manifest: Mapping[str, Any]) -> None:
