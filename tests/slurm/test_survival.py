@@ -55,8 +55,10 @@ def test_a_lost_node_requeues_the_job(
     job = featurizing(slurm, out, "--nodes=2")
     begun(slurm, out)
     slurm.kill("node2")
-    slurm.requeued(job)
-    slurm.revive("node2")
+    try:
+        slurm.requeued(job)
+    finally:
+        slurm.revive("node2")
     assert slurm.ended(job) == "COMPLETED", (place / "data.log").read_text()
     assert content(out) == undisturbed
 
