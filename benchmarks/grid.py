@@ -92,8 +92,9 @@ def kills(dataset: Path, wanted: int) -> dict[str, object]:
             while driver.poll() is None and done < wanted:
                 time.sleep(random.uniform(2, 12))
                 aim = random.choice(list(aims))
-                done += (hit := _kill(driver, aim))
-                aims[aim] += hit
+                while not (hit := _kill(driver, aim)) and driver.poll() is None:
+                    time.sleep(0.2)  # it has not started yet
+                done, aims[aim] = done + hit, aims[aim] + hit
             code = driver.wait()
             if code == 0:
                 break

@@ -19,7 +19,7 @@ from cluster.errors import UserError
 from featurization.config import FeaturizationConfig, RadiationName
 from featurization.manifest import read_manifest
 from featurization.shards import Entry
-from training.mapped import MappedColumns, reading
+from training.mapped import MappedColumns, check, reading
 
 POINT_BYTES = 30  # of a stored point in memory
 _POINTS = ("hkl_P3", "q_P3", "intensity_P", "multiplicity_P")
@@ -159,6 +159,8 @@ Clouds = CloudSet | MappedSet
 def open_clouds(folder: Path, radiation: RadiationName | None = None, sharers: int = 1) -> Clouds:
     """All clouds of a finished dataset: in memory if they take at most half of what is free there.
 
+    What is read into memory is compared with its checksum; of mapped shards `xtal verify` does that.
+
     Args:
         radiation: as in `load`.
         sharers: processes of this machine that each open them.
@@ -168,7 +170,7 @@ def open_clouds(folder: Path, radiation: RadiationName | None = None, sharers: i
     """
     mapped = map_clouds(folder, radiation)
     size = POINT_BYTES * int(mapped.offsets[-1])
-    return mapped if sharers * size > memory.available() // 2 else in_memory(mapped)
+    return mapped if sharers * size > memory.available() // 2 else _read(folder, mapped)
 
 
 def load(folder: Path, radiation: RadiationName | None = None) -> CloudSet:
@@ -180,7 +182,13 @@ def load(folder: Path, radiation: RadiationName | None = None) -> CloudSet:
     Raises:
         UserError: no manifest, a damaged shard, or no such radiation in the dataset.
     """
-    return in_memory(map_clouds(folder, radiation))
+    return _read(folder, map_clouds(folder, radiation))
+
+
+def _read(folder: Path, mapped: MappedSet) -> CloudSet:
+    for row in read_manifest(folder)["shards"]:
+        check(folder / row["file"], row["sha256"])
+    return in_memory(mapped)
 
 
 def in_memory(data: Clouds) -> CloudSet:

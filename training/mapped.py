@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cluster.errors import UserError
+from cluster.files import sha256_of
 
 _MOST_OPEN = 256  # files; a process may often have no more than 1024
 _Place = tuple[np.dtype[Any], tuple[int, ...], int]  # type, shape, offset in bytes
@@ -82,6 +83,15 @@ def reading(shard: Path) -> Iterator[h5py.File]:
         raise UserError(
             f"{shard} is missing or damaged: {error}", remedy=f"xtal verify {dataset} --repair"
         ) from None
+
+
+def check(shard: Path, sha256: str) -> None:
+    """Raises a UserError unless the shard is byte for byte what the manifest says."""
+    if sha256_of(shard) != sha256:
+        raise UserError(
+            f"{shard} is damaged: its checksum is not the manifest's",
+            remedy=f"xtal verify {shard.parents[1]} --repair",
+        )
 
 
 def _places(path: Path, names: list[str]) -> dict[str, _Place]:
