@@ -159,7 +159,7 @@ Clouds = CloudSet | MappedSet
 def open_clouds(folder: Path, radiation: RadiationName | None = None, sharers: int = 1) -> Clouds:
     """All clouds of a finished dataset: in memory if they take at most half of what is free there.
 
-    What is read into memory is compared with its checksum; of mapped shards `xtal verify` does that.
+    What is read into memory is compared with its checksum; mapped shards are not (`xtal verify`).
 
     Args:
         radiation: as in `load`.
