@@ -1,4 +1,4 @@
-"""One small dataset for all tests of training and ablation."""
+"""One small dataset for all tests of training and ablation; which tests go together on a core."""
 
 import os
 from pathlib import Path
@@ -13,6 +13,29 @@ from cluster.mpi import OneProcess
 from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize
 from training.dataset import CloudSet, load
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -n` keeps the groups and the order of below."""
+    if getattr(config.option, "numprocesses", None):
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `pytest -n` gives to one process together, and in which order.
+
+    A file of tests shares its fixtures. The slowest go first, so that no process waits long for
+    another at the end; SLURM goes last, when it has both cores for its three nodes.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def place(item: pytest.Item) -> int:
+        return 2 if item.get_closest_marker("slurm") else item.path not in slow
+
+    items.sort(key=place)
+    for item in items:
+        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
