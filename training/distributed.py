@@ -3,8 +3,9 @@
 Own actors rather than Ray Train's TorchTrainer: a fit of two workers starts in about 3 s instead of
 11 to 14, no report blocks the loop (each of Ray Train's takes 2 s unless its health checks are made
 more frequent), and the loop is that of a single worker, so that both give the same result within
-rounding. What Ray Train would add is here in a few lines: when a worker or Ray itself dies, all
-begin again at the last checkpoint.
+rounding. What Ray Train would add is here in a few lines: when a worker, a node or Ray itself dies,
+all begin again at the last checkpoint, as many of them as what is left of the machine can hold. The
+batch is the whole group's, so that fewer workers are slower and change nothing else.
 """
 
 from collections.abc import Callable
@@ -90,6 +91,7 @@ class _Worker:
     def fit(
         self,
         rank: int,
+        size: int,
         meeting: str,
         dataset: str,
         run: str,
@@ -101,8 +103,8 @@ class _Worker:
         torch.set_num_threads(threads)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # A file that all see: torch's TCP store would listen on all interfaces, for anybody.
-        store = dist.FileStore(meeting, config.workers)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=config.workers)
+        store = dist.FileStore(meeting, size)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         try:
             with log_epochs(Path(run), rank == 0) as log:
                 gauges = None if config.metrics_port is None else _Gauges(rank)
@@ -115,7 +117,7 @@ class _Worker:
 
                 fit_members(
                     Path(run),
-                    open_clouds(Path(dataset), config.radiation, config.workers),
+                    open_clouds(Path(dataset), config.radiation, size),
                     config,
                     identity=identity,
                     resume=resume,
@@ -142,7 +144,8 @@ def fit_on_workers(
     """`training.ensemble.fit_members` on `config.workers` Ray actors of this machine or job.
 
     When a worker dies, Ray and all workers begin again at the last checkpoint, at most
-    `config.restarts` times; the model is that of a training in which none died.
+    `config.restarts` times, fewer where a job has lost a node; the model is that of a training in
+    which none died (within rounding, if there were fewer).
 
     Raises:
         UserError: fewer GPUs than workers; workers that died too often; or as `fit` does, from
@@ -182,14 +185,12 @@ def _fit(
     """One attempt, on a Ray that runs. Raises `_Lost`, or what a worker raised."""
     import ray
 
-    kind: Any = ray.remote(num_cpus=1, num_gpus=min(gpus, 1))(_Worker)
-    kind = kind.options(scheduling_strategy="SPREAD", max_concurrency=2)
     try:
-        workers = [kind.remote() for _ in range(config.workers)]
-        threads = max(1, cores() // config.workers)
+        workers = _workers(config.workers, gpus)
+        threads, size = max(1, cores() // config.workers), len(workers)
         places = [str(each.resolve()) for each in (private / "meeting", dataset, run)]
         arguments = (*places, config, identity, resume, threads)
-        fits = [w.fit.remote(rank, *arguments) for rank, w in enumerate(workers)]
+        fits = [w.fit.remote(rank, size, *arguments) for rank, w in enumerate(workers)]
         waiting, shown = fits, None
         while waiting:
             done, waiting = ray.wait(waiting, timeout=_POLL)
@@ -201,6 +202,27 @@ def _fit(
                 shown = at
     except ray.exceptions.RayError as error:
         raise _Lost(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+def _workers(wanted: int, gpus: int) -> list[Any]:
+    """As many workers as are wanted, or fewer where Ray has not, or no longer, room for all."""
+    import ray
+
+    kind: Any = ray.remote(num_cpus=1, num_gpus=min(gpus, 1))(_Worker)
+    kind = kind.options(scheduling_strategy="SPREAD", max_concurrency=2)
+    while True:
+        workers = [kind.remote() for _ in range(wanted)]
+        greetings = [each.standing.remote() for each in workers]
+        while len(ray.wait(greetings, num_returns=wanted, timeout=_POLL)[0]) < wanted:
+            room = max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 0)))
+            if room < wanted:  # one of them would wait for ever
+                break
+        else:
+            ray.get(greetings)
+            return workers
+        for each in workers:
+            ray.kill(each)
+        wanted = room
 
 
 def _check(fit: Any, fits: list[Any]) -> None:

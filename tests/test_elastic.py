@@ -1,0 +1,82 @@
+"""A training on the nodes of a job: one of them is lost, the workers that are left go on."""
+
+import csv
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from small import TINY
+
+from training.loop import CHECKPOINT, MODEL
+
+NODE = (sys.executable, "-m", "cluster.ray_node")
+
+
+def start_node(token, *words):
+    """One core's Ray; its process and what it says of itself."""
+    node = subprocess.Popen(
+        [*NODE, *words],
+        env=os.environ | {"SLURM_CPUS_ON_NODE": "1", "SLURM_MEM_PER_NODE": "1024"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    node.stdin.write(token)
+    node.stdin.flush()
+    return node, json.loads(node.stdout.readline())
+
+
+def kill(node):
+    """SIGKILL of the node's every process at once, as when its power fails."""
+    found = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    for process in found:
+        os.kill(process.pid, signal.SIGKILL)
+    node.wait()
+    node.stdout.close()
+    node.stdin.close()
+
+
+def epochs_of(run):
+    with (run / "history.csv").open() as stream:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+
+
+@pytest.mark.slow
+def test_with_a_node_lost_fewer_workers_reach_the_same_result(dataset, tmp_path):
+    config = TINY | {"batch_size": 19, "epochs": 20, "checkpoint_steps": 1}
+    settings = [f"{name} = {json.dumps(value)}\n" for name, value in config.items()]
+    (tmp_path / "config.toml").write_text("".join(settings))
+    train = [sys.executable, "-m", "xtal", "train", "--config", tmp_path / "config.toml", dataset]
+    subprocess.run([*train, tmp_path / "one"], check=True, capture_output=True)
+    (tmp_path / "token").touch(mode=0o600)
+    (tmp_path / "token").write_text(token := secrets.token_hex(32))
+
+    head, about = start_node(token)
+    other, _ = start_node(token, "--head", about["address"])
+    job = {"address": about["address"], "token": str(tmp_path / "token"), "nodes": 2}
+    job |= {"cores": 2, "cards": 0, "shared": str(tmp_path)}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    try:
+        training = subprocess.Popen(
+            [*train, tmp_path / "two", "--workers", "2"],
+            env=os.environ | {"XTAL_RAY_JOB": str(tmp_path / "job.json")},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not (tmp_path / "two" / CHECKPOINT).exists():
+            assert training.poll() is None, training.stderr.read()
+            time.sleep(0.01)
+        kill(other)
+        assert not (tmp_path / "two" / MODEL).exists()  # it was under way
+        _, said = training.communicate(timeout=300)
+        assert training.returncode == 0, said
+    finally:
+        kill(head)
+    for a, b in zip(epochs_of(tmp_path / "one"), epochs_of(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-2, abs=1e-3)
