@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from small import tiny
 
-from cluster.errors import UserError
+from cluster.errors import Stopped, UserError
 from training import checkpoint, distributed, loop
 from training.distributed import fit_on_workers
 from training.ensemble import load_members
@@ -31,7 +31,7 @@ from training.evaluate import evaluate_run
 from training.loop import CHECKPOINT, MODEL, Alone, fit, learning_rate, predict
 from training.models.build import new_network
 from training.models.pointnet import PointNet
-from training.progress import Stopwatch
+from training.progress import Stopwatch, stopping
 from training.split import Parts
 from training.train import train
 
@@ -104,6 +104,25 @@ def test_stopping_after_every_step_is_uninterrupted(clouds, whole, tmp_path):
     while run(tmp_path, clouds, config, resume=True, stop_after=1) is None:
         calls += 1
     assert calls > 10
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_saves_the_step_at_work(clouds, whole, tmp_path, number):
+    """Long before a checkpoint is due; what goes on from it is a training that nobody stopped."""
+    handlers = [signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM)]
+
+    def tell(at):
+        if (at.epoch, at.step) == (1, 2):
+            os.kill(os.getpid(), number)
+
+    config = tiny(checkpoint_steps=10_000)
+    with stopping(tmp_path, tell) as told, pytest.raises(Stopped, match=number.name):
+        run(tmp_path, clouds, config, progress=told)
+    assert [signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM)] == handlers
+    _, state = checkpoint.read(tmp_path / CHECKPOINT)
+    assert (state["position"]["epoch"], state["position"]["step"]) == (1, 2)
+    run(tmp_path, clouds, config, resume=True)
     assert_same(tmp_path, whole)
 
 
@@ -499,6 +518,26 @@ def test_a_killed_worker_or_ray_changes_nothing(dataset, two, tmp_path, victim):
     hunter.join()
     assert killed == [False]  # it was under way
     assert_same(folder, two)
+
+
+@pytest.mark.slow
+def test_stopped_workers_save_the_step_at_work(dataset, tmp_path):
+    seen = []
+
+    def progress(at):
+        if at.epoch >= 1 and 0 < at.step < at.steps:
+            seen.append((at.epoch, at.step))
+            raise Stopped("stopped by SIGUSR1", remedy="")
+
+    config = SHARED.model_copy(update={"checkpoint_steps": 10_000, "epochs": 100_000})
+    with pytest.raises(Stopped, match="SIGUSR1"):
+        fit_on_workers(
+            dataset, tmp_path, config, identity=IDENTITY, resume=False, progress=progress
+        )
+    _, state = checkpoint.read(tmp_path / CHECKPOINT)
+    # The epochs' own checkpoints are of step 0.
+    assert [(state["position"]["epoch"], state["position"]["step"])] >= seen
+    assert not (tmp_path / MODEL).exists()
 
 
 class Seen(Exception):

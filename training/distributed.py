@@ -20,7 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.errors import UserError
+from cluster.errors import Stopped, UserError
 from cluster.ray_session import cards, cores, ray_for
 from training.config import TrainingConfig
 from training.dataset import open_clouds
@@ -29,6 +29,7 @@ from training.progress import Progress
 from training.tensorboard import log_epochs
 
 _POLL = 0.5  # s
+_SAVING = 30.0  # s, in which worker 0 ends its step and saves it
 _FAREWELL = 15.0  # s, in which the others notice that a worker is gone
 
 
@@ -83,6 +84,11 @@ class _Worker:
 
     def __init__(self) -> None:
         self._at: Progress | None = None
+        self._stopping = False
+
+    def stop(self) -> None:
+        """End after the step at work; worker 0 saves it."""
+        self._stopping = True
 
     def standing(self) -> Progress | None:
         """Where the training is."""
@@ -114,6 +120,8 @@ class _Worker:
                     if gauges is not None:
                         gauges.show(at)
                     self._at = at
+                    if self._stopping:
+                        raise Stopped("stopped by the driver", remedy="go on with --resume")
 
                 fit_members(
                     Path(run),
@@ -150,6 +158,7 @@ def fit_on_workers(
     Raises:
         UserError: fewer GPUs than workers; workers that died too often; or as `fit` does, from
             whichever worker it came.
+        Stopped: by `progress`; worker 0 has saved its last step.
     """
     gpus = cards(torch.cuda.device_count())
     if 0 < gpus < config.workers:
@@ -198,8 +207,13 @@ def _fit(
                 _check(fit, fits)
             at = ray.get(workers[0].standing.remote())
             if at is not None and at != shown:
-                progress(at)
                 shown = at
+                try:
+                    progress(at)
+                except Stopped:
+                    workers[0].stop.remote()
+                    ray.wait(fits[:1], timeout=_SAVING)
+                    raise
     except ray.exceptions.RayError as error:
         raise _Lost(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.errors import UserError
+from cluster.errors import Stopped, UserError
 from cluster.files import write_text
 from cluster.provenance import provenance
 from training import checkpoint, objective
@@ -92,13 +92,15 @@ def fit(
         units: what the training crystals set in the network, if it is known already.
         resume: go on from the checkpoint in `run` if there is one; the result is bit for bit
             that of a training which was never interrupted.
-        stop_after: leave after this many steps in this call, as a job at its time limit does.
+        progress: called after each step; if it raises `Stopped`, the position is saved first.
+        stop_after: leave after this many steps in this call.
 
     Returns:
         The model of the best validation epoch, or None when stopped early.
 
     Raises:
         UserError: no usable classes, a checkpoint of another training, or a training that diverges.
+        Stopped: by `progress`.
     """
     peers = peers or Alone()
     parts = Parts.of(data, config)
@@ -140,7 +142,12 @@ def fit(
                 if peers.rank == 0 and (late or at.step % config.checkpoint_steps == 0):
                     _save(path, at, best, signature, model, optimizer)
                     saved = time.monotonic()
-                progress(Progress(at.epoch, config.epochs, at.step, steps))
+                try:
+                    progress(Progress(at.epoch, config.epochs, at.step, steps))
+                except Stopped:
+                    if peers.rank == 0:
+                        _save(path, at, best, signature, model, optimizer)
+                    raise
                 if taken == stop_after:
                     return None
         record = _validate(model, inputs, parts, config, peers, at, rate)

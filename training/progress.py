@@ -1,11 +1,16 @@
 """Where a training stands, and how fast it goes."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from cluster import memory
+from cluster.errors import Stopped
+from featurization.guard import StopSignals
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +64,26 @@ class Stopwatch:
         return Speed(
             self.clouds / seconds, self.waited / seconds, memory.resident() / 2**30, on_gpu / 2**30
         )
+
+
+@contextmanager
+def stopping(run: Path, tell: Callable[[Progress], None]) -> Iterator[Callable[[Progress], None]]:
+    """`tell`, then `Stopped` after SIGTERM or SIGUSR1; the loop has then saved its step in `run`.
+
+    Before the first call a signal ends the process as ever: there is nothing to save.
+    """
+    with ExitStack() as held:
+        signals: StopSignals | None = None
+
+        def told(at: Progress) -> None:
+            nonlocal signals
+            if signals is None:
+                signals = held.enter_context(StopSignals())
+            tell(at)
+            if signals.received:
+                raise Stopped(
+                    f"stopped by {signals.received}; all steps so far are saved in {run}",
+                    remedy="go on with --resume",
+                )
+
+        yield told

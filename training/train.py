@@ -19,7 +19,7 @@ from training.ensemble import fit_members
 from training.evaluate import evaluate_run
 from training.features import differences
 from training.predict import featurization_of
-from training.progress import Progress
+from training.progress import Progress, stopping
 from training.split import Parts
 from training.tasks import TaskName, answerable
 from training.tensorboard import log_epochs
@@ -41,6 +41,7 @@ def train(
 
     Raises:
         UserError: no dataset, no usable classes, or `run` holds another training.
+        Stopped: by SIGTERM or SIGUSR1 between steps, which are saved.
     """
     manifest = read_manifest(dataset)
     identity = {"content_hash": manifest["content_hash"]}
@@ -72,16 +73,17 @@ def train(
             "provenance": provenance(),
         }
         write_text(run / "config.json", json.dumps(recorded, indent=1))
-    if config.workers > 1:
-        fit_on_workers(dataset, run, config, identity=identity, resume=resume, progress=progress)
-    else:
-        with log_epochs(run) as log:
+    with stopping(run, progress) as told:
+        if config.workers > 1:
+            fit_on_workers(dataset, run, config, identity=identity, resume=resume, progress=told)
+        else:
+            with log_epochs(run) as log:
 
-            def both(at: Progress) -> None:
-                log(at)
-                progress(at)
+                def both(at: Progress) -> None:
+                    log(at)
+                    told(at)
 
-            fit_members(run, data, config, identity=identity, resume=resume, progress=both)
+                fit_members(run, data, config, identity=identity, resume=resume, progress=both)
     domain.write(run, data, parts.learned, parts.rows["validation"])
     return evaluate_run(run, dataset, data=data)
 
