@@ -26,7 +26,12 @@ _SIX = (
     "basis_only",
 )
 # Settings of a training that the grid itself decides, and what to write instead.
-_DECIDED = {"seed": "seeds = [0, 1, 2]", "workers": "processes = 2", "restarts": "retries = 2"}
+_DECIDED = {
+    "seed": "seeds = [0, 1, 2]",
+    "workers": "processes = 2",
+    "restarts": "retries = 2",
+    "metrics_port": "metrics_port = 8080",
+}
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -117,6 +122,9 @@ class GridConfig(Config):
     """Trials that run side by side; 0 takes one a processor core."""
     retries: int = Field(default=2, ge=0, le=100)
     """How often a failed trial is tried again before it is listed as failed."""
+    metrics_port: int | None = Field(default=None, ge=1024, le=65535)
+    """Port of the loopback network where Prometheus finds numbers of the grid; a batch job's Ray
+    has ports of its own."""
     training: TrainingConfig = TrainingConfig()
     """Everything else of a training; its seed is set by the grid."""
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ablation.variants import Source, Variants
 from ablation.worker import Failure, Shared, Worker
 from cluster import memory
 from cluster.errors import RunFailed, Stopped
+from cluster.gauges import Gauges
 from cluster.provenance import commit
 from cluster.ray_session import cards, cores, ray_for
 from featurization.guard import StopSignals
@@ -100,6 +102,7 @@ class _Driver:
         self._attempts: Counter[Job] = Counter()
         self._commit = commit()
         self._looked = 0.0
+        self._gauges = Gauges()
         self._kept = {t.fit.id for t in planned if t.mode == "test_only"}
 
     def run(self, todo: list[Trial]) -> None:
@@ -109,7 +112,7 @@ class _Driver:
         for source in sorted(queue.sources(), key=lambda source: source.name):
             self._variants.featurize(source, min(processes, os.cpu_count() or 1))
         with ExitStack() as held:
-            held.enter_context(ray_for(processes))
+            held.enter_context(ray_for(processes, self._grid.metrics_port))
             held.callback(self._shared.clear)
             self._drive(queue, processes)
         waiting = {t.fit.id for t in self._planned if not self._record.is_done(t.id)}
@@ -252,7 +255,15 @@ class _Driver:
         self._looked = time.monotonic()
         at_work = {job.title: self._part(job) for job in running}
         self._claim.say(processes=processes, running=list(at_work))
-        self._progress(standing(self._planned, self._record.rows, at_work, processes))
+        at = standing(self._planned, self._record.rows, at_work, processes)
+        self._progress(at)
+        self._gauges.set({"trials_running": sum(len(job.trials) for job in running)})
+        if at.seconds_left is not None:
+            self._gauges.set({"seconds_left": at.seconds_left})
+        for task, arms in at.by_task.items():
+            for arm, count in arms.items():
+                numbers = {f"trials_{name}": number for name, number in asdict(count).items()}
+                self._gauges.set(numbers, task=task, arm=arm)
 
     def _part(self, job: Job) -> float:
         """Trials of a job that are as good as done, by its finished epochs."""

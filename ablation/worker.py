@@ -25,6 +25,7 @@ from cluster.errors import UserError
 from training.config import ModelName, TrainingConfig
 from training.dataset import CloudSet
 from training.ensemble import Prepared, Trained, fit_members, folders, kinds, load_members, prepare
+from training.gauges import TrainingGauges
 from training.loop import CHECKPOINT, MODEL
 from training.metrics import METRICS, score
 from training.models.build import is_boosted
@@ -94,6 +95,7 @@ class Worker:
         self._opened: dict[str, CloudSet] = {}
         self._parts: dict[str, Parts] = {}
         self._drawless: set[tuple[str, float | None]] = set()
+        self._gauges = TrainingGauges()
 
     def attempt(
         self, fit: Fit | None, trials: list[Trial], base: Shared, own: Shared
@@ -158,7 +160,15 @@ class Worker:
         members = folders(folder, fit.training)
         if not all((member / MODEL).exists() for member in members):
             identity = {"fit": fit.id, "arm": fit.arm, "strength": fit.strength}
-            fit_members(folder, data, fit.training, identity=identity, seen=prepared, resume=True)
+            fit_members(
+                folder,
+                data,
+                fit.training,
+                identity=identity,
+                seen=prepared,
+                resume=True,
+                progress=self._gauges.following(fit.training, fit.arm),
+            )
         for member in members:
             for name in (CHECKPOINT, "history.csv"):
                 (member / name).unlink(missing_ok=True)

@@ -1,11 +1,15 @@
 """Faults while jobs run on a SLURM of three hosts, and what each costs.
 
-`python -m benchmarks.survival [featurize|ablate] [FAULT …]` needs root, slurm-wlm and munge
-(tests/slurm/machines.py).
-Each job's end state is compared with that of a job that nothing happened to.
+`python -m benchmarks.survival [featurize|train|ablate] [FAULT …] [--times N]` needs root, slurm-wlm
+and munge (tests/slurm/machines.py).
+Each job's end state is compared with that of a job that nothing happened to; lost are the seconds
+that it took more. After each no process and no temporary file of it may be left on any host.
 """
 
+import argparse
+import hashlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -16,12 +20,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster.provenance import provenance
+from cluster.slurm import seconds_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "slurm"))
 from machines import Machines, obstacle  # noqa: E402
 
-SOURCE = "prototypes:3000"
+SOURCE = "prototypes:4000"
 GRID = """
 dataset = {dataset}
 seeds = [0, 1, 2, 3]
@@ -34,15 +39,19 @@ task = "crystal_system"
 epochs = 3
 width = 32
 """
+# Space, quotes, line break, a command, SLURM's own pattern, and what a URL would read.
+HOSTILE = "a b'c\"d\n$(touch owned);%j#?&"
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """Something to disturb."""
 
-    name: str
-    template: str
+    verb: str
+    title: str
+    nodes: int
     options: tuple[str, ...]
+    half: tuple[str, ...]  # options that leave room for a neighbour on the same nodes
     words: Callable[[Path], list[str]]
     begun: Callable[[Path], bool]
     state: Callable[[Path], Any]  # what must not depend on what happened
@@ -51,11 +60,32 @@ class Work:
 def featurizing() -> Work:
     return Work(
         "featurize",
-        "featurize",
+        "featurize, 6 ranks",
+        3,
         ("--ntasks-per-node=2",),
+        ("--ntasks-per-node=1",),
         lambda out: [SOURCE, str(out), "--selection", "miller:4"],
         lambda out: any(out.glob("journal/at-*")),
         lambda out: json.loads((out / "manifest.json").read_text())["content_hash"],
+    )
+
+
+def training(dataset: Path) -> Work:
+    def state(out: Path) -> Any:
+        metrics = json.loads((out / "metrics.json").read_text())["metrics"]
+        model = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+        return model, metrics, (out / "history.csv").read_text()
+
+    words = ["--task", "crystal_system", "--epochs", "16", "--workers", "2"]
+    return Work(
+        "train",
+        "training, 2 workers on Ray",
+        2,
+        ("--ntasks-per-node=1", "--cpus-per-task=2"),
+        ("--cpus-per-task=1",),
+        lambda out: [str(dataset), str(out), *words],
+        lambda out: (path := out / "history.csv").exists() and path.read_text().count("\n") > 2,
+        state,
     )
 
 
@@ -66,9 +96,11 @@ def grid(path: Path) -> Work:
         return sorted(map(repr, table.select(kept).to_pylist()))
 
     return Work(
-        "grid of 24 trials",
         "ablate",
+        "grid of 24 trials on Ray",
+        3,
         ("--ntasks-per-node=1", "--cpus-per-task=2"),
+        ("--cpus-per-task=1",),
         lambda out: [str(path), str(out)],
         lambda out: (path := out / "record.jsonl").exists() and path.read_text().count("\n") > 2,
         state,
@@ -80,6 +112,7 @@ def nothing(slurm: Machines, job: str, work: Work, out: Path) -> str:
 
 
 def warned(slurm: Machines, job: str, work: Work, out: Path) -> str:
+    """SIGUSR1 to the batch step, as before a time limit."""
     slurm.run("scancel", "--batch", "--signal=USR1", job)
     return job
 
@@ -91,10 +124,10 @@ def preempted(slurm: Machines, job: str, work: Work, out: Path) -> str:
 
 
 def cancelled(slurm: Machines, job: str, work: Work, out: Path) -> str:
-    """Cancelled, then the same submitted again on two nodes."""
+    """Cancelled, then the same submitted again on another number of nodes."""
     slurm.run("scancel", job)
     slurm.ended(job)
-    return submit(slurm, work, out, "--nodes=2")
+    return submit(slurm, work, out, f"--nodes={5 - work.nodes}")
 
 
 def requeued(slurm: Machines, job: str, work: Work, out: Path) -> str:
@@ -102,86 +135,144 @@ def requeued(slurm: Machines, job: str, work: Work, out: Path) -> str:
     return job
 
 
-def lost_node(slurm: Machines, job: str, work: Work, out: Path) -> str:
-    slurm.kill("node3")
+def _lost(slurm: Machines, node: str, job: str) -> str:
+    slurm.kill(node)
     time.sleep(20)
-    slurm.revive("node3")
+    slurm.revive(node)
     return job
+
+
+def lost_node(slurm: Machines, job: str, work: Work, out: Path) -> str:
+    """The last node's slurmd and all its processes are killed."""
+    return _lost(slurm, slurm.nodes[work.nodes - 1], job)
 
 
 def lost_first_node(slurm: Machines, job: str, work: Work, out: Path) -> str:
-    slurm.kill("node1")
-    time.sleep(20)
-    slurm.revive("node1")
+    """That with the batch step and Ray's head."""
+    return _lost(slurm, slurm.nodes[0], job)
+
+
+def neighbour(slurm: Machines, job: str, work: Work, out: Path) -> str:
+    """The same work a second time on the other core of the same nodes, cancelled midway."""
+    other = out.with_name(out.name + "-neighbour")
+    second = submit(slurm, work, other, f"--nodes={work.nodes}", *work.half)
+    slurm.until(lambda: work.begun(other), f"{other.name} began", 400)
+    assert slurm.job(second)["NodeList"] == slurm.job(job)["NodeList"]
+    slurm.run("scancel", second)
     return job
 
 
+def hostile_name(slurm: Machines, job: str, work: Work, out: Path) -> str:
+    """OUT is called such as no one should, and the job is requeued as well."""
+    return requeued(slurm, job, work, out)
+
+
+def time_limit(slurm: Machines, job: str, work: Work, out: Path) -> str:
+    """The limit comes within a minute or two, and SLURM's warning before it."""
+    elapsed = seconds_of(slurm.job(job)["RunTime"])
+    _set_limit(slurm, job, int(elapsed // 60) + 1)
+    slurm.until(lambda: slurm.job(job)["Restarts"] == "1", f"{job} is requeued", 200)
+    _set_limit(slurm, job, 20)
+    return job
+
+
+def _set_limit(slurm: Machines, job: str, minutes: int) -> None:
+    slurm.run("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
+
+
 FAULTS = {
-    each.__name__: each
-    for each in (nothing, warned, preempted, cancelled, requeued, lost_node, lost_first_node)
-}
+    each.__name__.replace("_", " "): each
+    for each in (
+        nothing, warned, time_limit, preempted, cancelled, requeued, lost_node, lost_first_node,
+        neighbour, hostile_name,
+    )
+}  # fmt: skip
 
 
 def submit(slurm: Machines, work: Work, out: Path, *options: str) -> str:
-    words = ["--partition=low", "--time=20", f"--output={out}.log", *work.options, *options]
-    return slurm.sbatch(*words, ROOT / "slurm" / f"{work.template}.sbatch", *work.words(out))
+    log = f"--output={out.parent}/{work.verb}.log"
+    words = ["--partition=low", "--time=20", log, *work.options, *options]
+    return slurm.sbatch(*words, ROOT / "slurm" / f"{work.verb}.sbatch", *work.words(out))
 
 
-def limit(slurm: Machines, work: Work, out: Path) -> str:
-    """A job of one minute, warned 40 s before its end; as many attempts as it takes."""
-    return submit(slurm, work, out, "--nodes=3", "--time=1", "--signal=B:USR1@40")
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one job ended."""
+
+    state: Any  # None if it did not complete
+    said: str  # by SLURM
+    seconds: float
+    attempts: int
+
+
+def disturbed(slurm: Machines, work: Work, name: str, place: Path) -> Outcome:
+    """One job with one fault."""
+    place.mkdir(parents=True)
+    out = place / (HOSTILE if name == "hostile name" else "out")
+    options = [f"--nodes={work.nodes}"]
+    options += ["--signal=B:USR1@20"] if name == "time limit" else []
+    options += work.half if name == "neighbour" else ()
+    began = time.monotonic()
+    job = submit(slurm, work, out, *options)
+    slurm.until(lambda: work.begun(out), f"{place} began", 400)
+    job = FAULTS[name](slurm, job, work, out)
+    said = slurm.ended(job, 900)
+    seconds = time.monotonic() - began
+    attempts = (out.parent / f"{out.name}.jobs" / "attempts.jsonl").read_text().count("\n")
+    slurm.run("scancel", "--user=root", check=False)
+    slurm.until(lambda: len(slurm.idle()) == 3, "idle again", 120)
+    for node in slurm.nodes:
+        slurm.until(lambda n=node: not slurm.processes(n), f"{name}: nothing is left on {node}", 30)
+        assert not slurm.left_in_tmp(node)
+    assert not list(slurm.shared.rglob("owned"))
+    state = work.state(out) if said == "COMPLETED" else None
+    if state is None:
+        log = (place / f"{work.verb}.log").read_text()
+        print(f"{work.verb}, {name}: {said}\n{log[-4000:]}", file=sys.stderr, flush=True)
+    return Outcome(state, said, seconds, attempts)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="*", help="works and faults; all by default")
+    parser.add_argument("--times", type=int, default=1)
+    given = parser.parse_args()
     if reason := obstacle():
         sys.exit(reason)
-    works = [each for each in sys.argv[1:] if each in ("featurize", "ablate")]
-    wanted = [each for each in sys.argv[1:] if each not in works] or [*FAULTS, "time limit"]
     slurm = Machines()
     try:
         about = provenance()
         print(f"# Faults of jobs, {about['created']}\n\nCommit {about['commit']}; three hosts of ")
         print(f"two cores each on {about['hardware']}.\n")
-        print("| work | fault | seconds | undisturbed | attempts | end state |")
-        print("| --- | --- | --- | --- | --- | --- |", flush=True)
+        print("| work | fault | times | end state equal | attempts | seconds | lost |")
+        print("|---|---|---|---|---|---|---|", flush=True)
         dataset = slurm.shared / "dataset"
-        slurm.on(
-            "node1", ["xtal", "featurize", "prototypes:210", dataset, "--selection", "miller:2"]
-        )
+        words = ["xtal", "featurize", "prototypes:210", dataset, "--selection", "miller:2"]
+        slurm.on("node1", words)
         plan = slurm.shared / "grid.toml"
         plan.write_text(GRID.format(dataset=json.dumps(str(dataset))))
-        for work in (featurizing(), grid(plan)):
-            if works and work.template not in works:
+        works = (featurizing(), training(dataset), grid(plan))
+        wanted = [name for name in given.what if name in FAULTS] or [*FAULTS]
+        for work in works:
+            if {w.verb for w in works} & {*given.what} and work.verb not in given.what:
                 continue
             expected, usual = None, 0.0
-            for name in wanted:
-                out = slurm.shared / f"{work.template}-{name.replace(' ', '-')}"
-                began = time.monotonic()
-                if name == "time limit":
-                    job = limit(slurm, work, out)
-                else:
-                    job = submit(slurm, work, out, "--nodes=3")
-                    slurm.until(lambda o=out, w=work: w.begun(o), f"{out.name} began", 400)
-                    job = FAULTS[name](slurm, job, work, out)
-                end = slurm.ended(job, 900)
-                seconds = time.monotonic() - began
-                tried = (out.parent / f"{out.name}.jobs" / "attempts.jsonl").read_text()
-                state = work.state(out) if end == "COMPLETED" else None
-                if name == "nothing":
-                    expected, usual = state, seconds
-                same = "equal" if state == expected and state is not None else f"{end}, NOT EQUAL"
-                count = tried.count("\n")
+            for name in dict.fromkeys(("nothing", *wanted)):
+                place = slurm.shared / work.verb / name.replace(" ", "-")
+                found = [disturbed(slurm, work, name, place / str(n)) for n in range(given.times)]
+                seconds = statistics.median(each.seconds for each in found)
+                if expected is None:
+                    expected, usual = found[0].state, seconds
+                equal = sum(each.state is not None and each.state == expected for each in found)
+                attempts = sorted(each.attempts for each in found)
+                count = (
+                    f"{attempts[0]}–{attempts[-1]}" if attempts[0] < attempts[-1] else attempts[0]
+                )
                 print(
-                    f"| {work.name} | {name.replace('_', ' ')} | {seconds:.0f} | {usual:.0f} "
-                    f"| {count} | {same} |",
+                    f"| {work.title} | {name} | {given.times} | {equal} | {count} "
+                    f"| {seconds:.0f} | {seconds - usual:+.0f} |",
                     flush=True,
                 )
-                if same != "equal":
-                    print(Path(f"{out}.log").read_text()[-2000:], file=sys.stderr, flush=True)
-                slurm.run("scancel", "--user=root", check=False)
-                slurm.until(lambda: len(slurm.idle()) == 3, "idle again", 120)
-                left = [p for node in slurm.nodes for p in slurm.processes(node)]
-                assert not left, f"left over after {name}: {left}"
     finally:
         slurm.close()
 

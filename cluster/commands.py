@@ -11,10 +11,12 @@ from rich.table import Table
 
 from cluster.attempt import jobs_folder
 from cluster.errors import UserError
+from cluster.ray_cluster import GRAFANA, PROMETHEUS, TARGETS
 from cluster.slurm import Job, ask, cancel, look, recorded
 from cluster.submit_commands import submitting
 from cluster.terminal import options_from, out
 
+DASHBOARD = GRAFANA / "crystal-genome.json"
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")]
 OptionsFile = Annotated[
     Path | None,
@@ -80,6 +82,12 @@ def dashboard(
     out.print(f"  then open http://localhost:{port}; it asks for the token, which", soft_wrap=True)
     out.print(f"  {shlex.join([*step, 'cat', seen['token']])}", soft_wrap=True, highlight=False)
     out.print("  prints here", highlight=False)
+    if (found[-1].with_name(TARGETS)).exists():
+        words = ["prometheus", f"--config.file={found[-1].with_name(PROMETHEUS)}"]
+        words += ["--web.listen-address=127.0.0.1:9090"]
+        out.print("numbers of the work, here or wherever the nodes can be reached:")
+        out.print(f"  {shlex.join(words)}", soft_wrap=True, highlight=False)
+        out.print(f"  the dashboard for Grafana is {DASHBOARD}", soft_wrap=True, highlight=False)
 
 
 def register(app: typer.Typer) -> None:

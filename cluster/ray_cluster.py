@@ -25,6 +25,8 @@ from cluster.errors import RunFailed, UserError
 from cluster.files import write_text
 from cluster.ray_session import JOB, JobRay
 
+GRAFANA = Path(__file__).with_name("grafana")
+PROMETHEUS, TARGETS = "prometheus.yml", "targets.json"
 _JOINING = 180.0  # time for a node to join, s
 _ENDING = 15.0  # time for a node to end what it started, s
 # Ray sets the limits of a step by its own counts, and must not wait for another step to end.
@@ -165,6 +167,7 @@ def run(shared: Path, command: Sequence[str]) -> int:
         seen = {"job": job, "node": names[0], "port": head.report["dashboard"]}
         seen["token"] = found.token  # where it lies, not what it is
         write_text(shared / "dashboard.json", json.dumps(seen))
+        _offer(shared, job, [report["metrics"] for report in have if report["metrics"]])
         store = min(report["store"] for report in have) >> 20
         _say(
             f"Ray on {found.nodes} of {len(names)} nodes: {found.cores} cores, {found.cards} GPUs, "
@@ -178,8 +181,18 @@ def run(shared: Path, command: Sequence[str]) -> int:
         until = time.monotonic() + _ENDING
         for each in nodes:
             each.wait(until)
-        (shared / "dashboard.json").unlink(missing_ok=True)
+        for name in ("dashboard.json", TARGETS):
+            (shared / name).unlink(missing_ok=True)
         shutil.rmtree(common, ignore_errors=True)
+
+
+def _offer(shared: Path, job: str, endpoints: list[str]) -> None:
+    """Lay what Prometheus needs into the folder of jobs: its configuration, where the nodes are."""
+    if not endpoints:
+        return
+    labels = {"run": shared.name.removesuffix(".jobs"), "slurm_job": job}
+    write_text(shared / PROMETHEUS, (GRAFANA / PROMETHEUS).read_text(encoding="utf-8"))
+    write_text(shared / TARGETS, json.dumps([{"targets": endpoints, "labels": labels}]))
 
 
 def _attend(child: subprocess.Popen[bytes], heads: list[_Node], workers: list[_Node]) -> int:

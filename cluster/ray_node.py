@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from cluster.errors import RunFailed, UserError
-from cluster.ray_session import cores, private_folder
+from cluster.ray_session import cores, job_metrics, metrics_settings, private_folder
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _RAY = (sys.executable, "-c", "from ray.scripts.scripts import main; main()")
@@ -82,6 +82,9 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
     words += [f"--num-cpus={has['cores']}", f"--num-gpus={has['cards']}"]
     words += [f"--object-store-memory={has['store']}", f"--memory={has['memory'] - has['store']}"]
     words += ["--disable-usage-stats"]
+    # Ray's endpoint for Prometheus listens on all interfaces and asks for no token.
+    port = _free_port(address) if job_metrics() else None
+    words += [] if port is None else [f"--metrics-export-port={port}"]
     # The kernel chooses the ports, so that neighbours on a node never meet.
     words += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
     if head is None:
@@ -99,6 +102,7 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         "NCCL_SOCKET_IFNAME": interface,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         **_HEALTH,
+        **metrics_settings(port is not None),
     }
     with (folder / "start.log").open("wb") as log:
         done = subprocess.run(
@@ -114,6 +118,7 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         "address": current.read_text().strip() if head is None else head,
         "folder": str(folder),
         "dashboard": int(ports[0]) if ports else 0,
+        "metrics": None if port is None else f"{address}:{port}",
     }
 
 

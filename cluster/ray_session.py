@@ -51,6 +51,11 @@ def job_ray() -> JobRay | None:
     return JobRay(**json.loads(Path(path).read_text(encoding="utf-8")))
 
 
+def job_metrics() -> bool:
+    """Whether Prometheus may read metrics from the nodes of this batch job."""
+    return os.environ.get("XTAL_RAY_METRICS") == "1"
+
+
 def cores() -> int:
     """Processor cores for the work: of the job's Ray, else those that this process may use."""
     if (job := job_ray()) is not None:
@@ -83,6 +88,7 @@ def ray_for(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
             yield folder
         return
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=job.token)
+    os.environ.update(metrics_settings(job_metrics()))
     folder = Path(tempfile.mkdtemp(prefix="meeting-", dir=job.shared))
     try:
         host = job.address.rpartition(":")[0]
@@ -117,6 +123,15 @@ def private_folder(token: str) -> Iterator[Path]:
         os.close(lock)
 
 
+def metrics_settings(collected: bool, milliseconds: int = 5000) -> dict[str, str]:
+    """Environment of Ray's processes and of those that tell it numbers, so often."""
+    return {
+        "RAY_enable_metrics_collection": str(int(collected)),
+        "RAY_metrics_report_interval_ms": str(milliseconds),
+        "RAY_enable_open_telemetry": "0",  # with it, none of a worker's own metrics arrive
+    }
+
+
 @contextmanager
 def local_ray(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
     """Start Ray with `cpus` CPUs for the duration of a `with` block.
@@ -135,10 +150,8 @@ def local_ray(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
     os.environ.update(_AT_IMPORT)
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_enable_metrics_collection": str(int(metrics_port is not None)),
         "RAY_worker_niceness": "0",  # of 15: workers are the work itself
-        "RAY_metrics_report_interval_ms": "1000",
-        "RAY_enable_open_telemetry": "0",  # with it, none of a worker's own metrics arrive
+        **metrics_settings(metrics_port is not None, 1000),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",

@@ -44,6 +44,8 @@ class Site(Config):
     """As long before the time limit the work is asked to stop."""
     interface: str | None = None
     """Network interface for Ray and torch, such as hsn0; None: the one that leads to the head."""
+    metrics: bool = False
+    """Prometheus may read numbers of the work from the nodes; so may anybody who reaches them."""
     login: str | None = None
     """user@host of the login node as seen from your desk, for ssh tunnels."""
 
@@ -84,7 +86,8 @@ class Site(Config):
 
     def environment(self) -> dict[str, str]:
         """Variables that the templates read."""
-        found = {"XTAL_MPI": self.mpi}
+        found: dict[str, str] = {"XTAL_MPI": self.mpi}
+        found |= {"XTAL_RAY_METRICS": "1"} if self.metrics else {}
         return found | ({"XTAL_RAY_INTERFACE": self.interface} if self.interface else {})
 
 

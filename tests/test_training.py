@@ -506,7 +506,7 @@ def kill_at_checkpoint(folder, name, killed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["ray::_Worker", "raylet"])
+@pytest.mark.parametrize("victim", ["ray::crystal_system pointnet seed 0 rank 1", "raylet"])
 def test_a_killed_worker_or_ray_changes_nothing(dataset, two, tmp_path, victim):
     killed = []
     folder = tmp_path / "run"

@@ -10,7 +10,6 @@ batch is the whole group's, so that fewer workers are slower and change nothing 
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from cluster.ray_session import cards, cores, ray_for
 from training.config import TrainingConfig
 from training.dataset import open_clouds
 from training.ensemble import fit_members
+from training.gauges import TrainingGauges
 from training.progress import Progress
 from training.tensorboard import log_epochs
 
@@ -61,24 +61,6 @@ class Group:
         return whole
 
 
-class _Gauges:
-    """The newest numbers of a worker at Ray's Prometheus endpoint, as `ray_xtal_NAME`."""
-
-    def __init__(self, rank: int) -> None:
-        self._tags = {"rank": str(rank)}
-        self._gauges: dict[str, Any] = {}
-
-    def show(self, at: Progress) -> None:
-        """Position, and of a finished epoch the losses, metrics and speed."""
-        from ray.util.metrics import Gauge
-
-        numbers = {"epoch": at.epoch, "step": at.step} | (at.record or {})
-        for name, value in (numbers | (asdict(at.speed) if at.speed else {})).items():
-            if name not in self._gauges:
-                self._gauges[name] = Gauge(f"xtal_{name}", tag_keys=("rank",))
-            self._gauges[name].set(value, self._tags)
-
-
 class _Worker:
     """An actor of two threads: one trains, the other says how far it is."""
 
@@ -113,12 +95,11 @@ class _Worker:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         try:
             with log_epochs(Path(run), rank == 0) as log:
-                gauges = None if config.metrics_port is None else _Gauges(rank)
+                show = TrainingGauges(rank).following(config)
 
                 def note(at: Progress) -> None:
                     log(at)
-                    if gauges is not None:
-                        gauges.show(at)
+                    show(at)
                     self._at = at
                     if self._stopping:
                         raise Stopped("stopped by the driver", remedy="go on with --resume")
@@ -199,7 +180,11 @@ def _fit(
         threads, size = max(1, cores() // config.workers), len(workers)
         places = [str(each.resolve()) for each in (private / "meeting", dataset, run)]
         arguments = (*places, config, identity, resume, threads)
-        fits = [w.fit.remote(rank, size, *arguments) for rank, w in enumerate(workers)]
+        title = f"{config.task} {config.model} seed {config.seed} rank"
+        fits = [
+            worker.fit.options(name=f"{title} {rank}").remote(rank, size, *arguments)
+            for rank, worker in enumerate(workers)
+        ]
         waiting, shown = fits, None
         while waiting:
             done, waiting = ray.wait(waiting, timeout=_POLL)

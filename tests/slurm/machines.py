@@ -260,10 +260,10 @@ class Machines:
         return [line for line in found if not line.startswith(("slurmd", "/usr/sbin/slurmd"))]
 
     def left_in_tmp(self, node: str) -> list[str]:
-        """What lies in a node's own /tmp, other than the checkout."""
+        """What lies in a node's own /tmp, other than the checkout and torch's empty cache."""
         top = ROOT.relative_to("/tmp").parts[0] if ROOT.is_relative_to("/tmp") else ""
         found = self.on(node, ["ls", "-A", "/tmp"]).stdout.split()
-        return [name for name in found if name != top]
+        return [name for name in found if name not in (top, "torchinductor_root")]
 
     def until(self, true: Callable[[], bool], what: str, seconds: float = 60) -> None:
         try:

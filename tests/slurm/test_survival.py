@@ -9,6 +9,7 @@ from machines import ROOT, Machines
 from test_featurize_jobs import content
 
 from cluster.files import whole_lines
+from training.checkpoint import read
 
 pytestmark = pytest.mark.slurm
 TEMPLATES = ROOT / "slurm"
@@ -61,6 +62,28 @@ def test_a_lost_node_requeues_the_job(
         slurm.revive("node2")
     assert slurm.ended(job) == "COMPLETED", (place / "data.log").read_text()
     assert content(out) == undisturbed
+
+
+def test_preempted_by_a_higher_partition_it_saves_and_ends_the_same(
+    slurm: Machines, place: Path, small: Path
+) -> None:
+    """A training in the low partition, then a job of the higher one that wants all nodes."""
+    words = ["--task", "crystal_system", "--epochs", "80"]
+    out, log = place / "run", place / "run.log"
+    options = ["--partition=low", "--nodes=1", "--cpus-per-task=2", "--time=5", f"--output={log}"]
+    job = slurm.sbatch(*options, TEMPLATES / "train.sbatch", small, out, *words)
+    slurm.until((out / "history.csv").exists, "the training has begun", 60)
+    urgent = slurm.sbatch("--partition=batch", "--nodes=3", "--exclusive", "--wrap=sleep 1")
+    slurm.requeued(job)
+    assert not (out / "model.safetensors").exists()
+    saved = read(out / "checkpoint.safetensors")[1]["position"]
+    slurm.run("xtal", "train", small, place / "undisturbed", *words)
+    assert slurm.ended(urgent) == "COMPLETED"
+    assert slurm.ended(job) == "COMPLETED", log.read_text()
+    assert "all steps so far are saved" in log.read_text()
+    assert (saved["epoch"], saved["step"]) > (0, 0)
+    for name in ("model.safetensors", "history.csv"):
+        assert (out / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
 
 
 def test_no_progress_twice_is_the_end(slurm: Machines, place: Path) -> None:
