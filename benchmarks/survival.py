@@ -9,6 +9,7 @@ that it took more. After each no process and no temporary file of it may be left
 import argparse
 import hashlib
 import json
+import signal
 import statistics
 import sys
 import time
@@ -239,6 +240,7 @@ def main() -> None:
     given = parser.parse_args()
     if reason := obstacle():
         sys.exit(reason)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     slurm = Machines()
     try:
         about = provenance()

@@ -27,6 +27,7 @@ _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _RAY = (sys.executable, "-c", "from ray.scripts.scripts import main; main()")
 _STORE = (1 << 27, 1 << 31)  # least and most bytes of the object store: trials share no objects
 _STORE_SHARE = 0.1  # of the node's memory
+_ATTEMPTS = 3  # Ray gives its parts 30 s to start, which a node under load or cold files exceed
 # A lost node is noticed after about this long: period × failures + timeout, s.
 _HEALTH = {
     "RAY_health_check_initial_delay_ms": "10000",
@@ -78,7 +79,7 @@ def own_address(peer: str) -> tuple[str, str]:
 def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
     has = resources(os.environ)
     address, interface = own_address(peer)
-    words = [*_RAY, "start", f"--node-ip-address={address}", f"--temp-dir={folder}/ray"]
+    words = [*_RAY, "start", f"--node-ip-address={address}"]
     words += [f"--num-cpus={has['cores']}", f"--num-gpus={has['cards']}"]
     words += [f"--object-store-memory={has['store']}", f"--memory={has['memory'] - has['store']}"]
     words += ["--disable-usage-stats"]
@@ -97,6 +98,7 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_worker_niceness": "0",  # of 15: workers are the work itself
         "TMPDIR": str(folder),
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": interface,
@@ -104,14 +106,26 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         **_HEALTH,
         **metrics_settings(port is not None),
     }
-    with (folder / "start.log").open("wb") as log:
-        done = subprocess.run(
-            words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
-        )
+    for attempt in range(_ATTEMPTS):
+        own = folder / f"ray{attempt}"
+        log = folder / f"start{attempt}.log"
+        with log.open("wb") as stream:
+            done = subprocess.run(
+                [*words, f"--temp-dir={own}"],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                check=False,
+            )
+        said = log.read_text(errors="replace").strip()
+        if done.returncode == 0 or "timed out during startup" not in said:
+            break
+        _end_all()
     if done.returncode:
-        said = (folder / "start.log").read_text(errors="replace").strip().splitlines()[-15:]
-        raise RunFailed("ray start failed:\n" + "\n".join(said), remedy="see these lines")
-    current = folder / "ray" / "ray_current_cluster"
+        lines = "\n".join(said.splitlines()[-15:])
+        raise RunFailed(f"ray start failed:\n{lines}", remedy="see these lines")
+    current = own / "ray_current_cluster"
     ports = [word.rpartition("=")[2] for word in words if word.startswith("--dashboard-port=")]
     return has | {
         "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),

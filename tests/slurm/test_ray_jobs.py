@@ -11,6 +11,7 @@ from cluster.files import whole_lines
 
 pytestmark = pytest.mark.slurm
 TEMPLATES = ROOT / "slurm"
+FETCH = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1]).read().decode())"
 # Says where tasks run, what Ray has, and waits for a file to appear before it ends.
 PROBE = """
 import json, os, stat, sys, time
@@ -111,7 +112,8 @@ def grid_file(place: Path, dataset: Path, seeds: int, epochs: int) -> Path:
 def test_training_and_grid_over_nodes_one_of_which_is_lost(
     slurm: Machines, place: Path, small: Path
 ) -> None:
-    site = slurm.shared / "site.toml"
+    site = place / "site.toml"
+    site.write_text((slurm.shared / "site.toml").read_text() + "metrics = true\n")
     words = ["--task", "crystal_system", "--epochs", "2"]
     submit = ["xtal", "submit", "train", small, place / "run", "--site", site, "--nodes", "2"]
     done = slurm.run(*submit, *words)
@@ -129,6 +131,16 @@ def test_training_and_grid_over_nodes_one_of_which_is_lost(
     slurm.until(
         lambda: record.exists() and len(list(whole_lines(record))) > 1, "trials are done", 180
     )
+    told = slurm.run("xtal", "dashboard", out).stdout
+    assert "answers: HTTP/1.1 200" in told
+    assert f"--config.file={place}/ablation.jobs/prometheus.yml" in told
+    (group,) = json.loads((place / "ablation.jobs" / "targets.json").read_text())
+    assert group["labels"] == {"run": "ablation", "slurm_job": job}
+    assert len(group["targets"]) == 3
+    for address in group["targets"]:  # as Prometheus on the login node does
+        page = slurm.run("python3", "-c", FETCH, f"http://{address}/metrics").stdout
+        assert "ray_node_cpu_count" in page
+        assert "ray_xtal_trials_done{" in page or address != group["targets"][0]
     slurm.kill("node3")
     try:
         assert slurm.ended(job, 240) == "COMPLETED", newest(place / "ablation.jobs")
@@ -138,6 +150,7 @@ def test_training_and_grid_over_nodes_one_of_which_is_lost(
     assert [row["status"] for row in results] == ["done"] * 12
     assert len({row["trial"] for row in results}) == 12
     assert (out / "report.html").exists()
+    assert not (place / "ablation.jobs" / "targets.json").exists()
 
 
 def newest(jobs: Path) -> str:
