@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "slurm"))
 from machines import Machines, obstacle  # noqa: E402
 
-SOURCE = "prototypes:4000"
+SOURCE = "prototypes:3000"
 GRID = """
 dataset = {dataset}
 seeds = [0, 1, 2, 3]
@@ -77,7 +77,7 @@ def training(dataset: Path) -> Work:
         model = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
         return model, metrics, (out / "history.csv").read_text()
 
-    words = ["--task", "crystal_system", "--epochs", "16", "--workers", "2"]
+    words = ["--task", "crystal_system", "--epochs", "12", "--workers", "2"]
     return Work(
         "train",
         "training, 2 workers on Ray",
