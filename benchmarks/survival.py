@@ -177,6 +177,22 @@ def time_limit(slurm: Machines, job: str, work: Work, out: Path) -> str:
     return job
 
 
+def time_out(slurm: Machines, job: str, work: Work, out: Path) -> str:
+    """The limit comes without a warning and SLURM kills all, then the same is submitted again."""
+    elapsed = seconds_of(slurm.job(job)["RunTime"])
+    _set_limit(slurm, job, int(elapsed // 60) + 1)
+    assert slurm.ended(job, 200) == "TIMEOUT"
+    nothing_left(slurm)
+    return submit(slurm, work, out, f"--nodes={work.nodes}")
+
+
+def nothing_left(slurm: Machines) -> None:
+    """No process and no temporary file of a job is left on any host."""
+    for node in slurm.nodes:
+        slurm.until(lambda n=node: not slurm.processes(n), f"nothing is left on {node}", 30)
+        assert not slurm.left_in_tmp(node)
+
+
 def _set_limit(slurm: Machines, job: str, minutes: int) -> None:
     slurm.run("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
 
@@ -184,8 +200,8 @@ def _set_limit(slurm: Machines, job: str, minutes: int) -> None:
 FAULTS = {
     each.__name__.replace("_", " "): each
     for each in (
-        nothing, warned, time_limit, preempted, cancelled, requeued, lost_node, lost_first_node,
-        neighbour, hostile_name,
+        nothing, warned, time_limit, time_out, preempted, cancelled, requeued, lost_node,
+        lost_first_node, neighbour, hostile_name,
     )
 }  # fmt: skip
 
@@ -211,7 +227,8 @@ def disturbed(slurm: Machines, work: Work, name: str, place: Path) -> Outcome:
     place.mkdir(parents=True)
     out = place / (HOSTILE if name == "hostile name" else "out")
     options = [f"--nodes={work.nodes}"]
-    options += ["--signal=B:USR1@20"] if name == "time limit" else []
+    signals = {"time limit": "USR1", "time out": "URG"}  # which nobody hears
+    options += [f"--signal=B:{signals[name]}@20"] if name in signals else []
     options += work.half if name == "neighbour" else ()
     began = time.monotonic()
     job = submit(slurm, work, out, *options)
@@ -222,9 +239,7 @@ def disturbed(slurm: Machines, work: Work, name: str, place: Path) -> Outcome:
     attempts = (out.parent / f"{out.name}.jobs" / "attempts.jsonl").read_text().count("\n")
     slurm.run("scancel", "--user=root", check=False)
     slurm.until(lambda: len(slurm.idle()) == 3, "idle again", 120)
-    for node in slurm.nodes:
-        slurm.until(lambda n=node: not slurm.processes(n), f"{name}: nothing is left on {node}", 30)
-        assert not slurm.left_in_tmp(node)
+    nothing_left(slurm)
     assert not list(slurm.shared.rglob("owned"))
     state = work.state(out) if said == "COMPLETED" else None
     if state is None:

@@ -132,7 +132,7 @@ def test_training_and_grid_over_nodes_one_of_which_is_lost(
         lambda: record.exists() and len(list(whole_lines(record))) > 1, "trials are done", 180
     )
     told = slurm.run("xtal", "dashboard", out).stdout
-    assert "answers: HTTP/1.1 200" in told
+    assert "answers: HTTP/1.0 200 OK" in told
     assert f"--config.file={place}/ablation.jobs/prometheus.yml" in told
     (group,) = json.loads((place / "ablation.jobs" / "targets.json").read_text())
     assert group["labels"] == {"run": "ablation", "slurm_job": job}
