@@ -67,6 +67,9 @@ def test_a_wheel_works_in_a_clean_environment_outside_the_checkout(tmp_path: Pat
         str(python), "-c", "import xtal, ablation.report; print(xtal.__file__)", cwd=tmp_path
     )
     assert where.startswith(str(home))
+    script = "from cluster.ray_cluster import GRAFANA; print(*(p.name for p in GRAFANA.iterdir()))"
+    files = {"crystal-genome.json", "prometheus.yml", "targets.json"}
+    assert files <= set(run(str(python), "-c", script, cwd=tmp_path).split())
     xtal = str(home / "bin" / "xtal")
     assert "featurize" in run(xtal, "--help", cwd=tmp_path)
     run(xtal, "featurize", "prototypes:60", "data", "--selection", "miller:1", cwd=tmp_path)

@@ -30,6 +30,11 @@ def test_a_table_changes_one_verb(tmp_path: Path) -> None:
     assert "--ntasks-per-node=8" in sites["featurize"].sbatch_options("featurize")
     assert "--cpus-per-task=8" in sites["ablate"].sbatch_options("ablate")
     assert "--partition=cpu" in sites["ablate"].sbatch_options("ablate")
+    path.write_text('interface = "hsn0"\n[ablate]\nmetrics = true\n')
+    sites = read_site(path)
+    own = {"XTAL_MPI": "pmi2", "XTAL_RAY_INTERFACE": "hsn0"}
+    assert sites["train"].environment() == own
+    assert sites["ablate"].environment() == own | {"XTAL_RAY_METRICS": "1"}
 
 
 @pytest.mark.parametrize(
