@@ -18,12 +18,13 @@ from cluster.errors import RunFailed, Stopped, UserError
 from cluster.mpi import agree
 from cluster.mpi import ranks as mpi_ranks
 from cluster.terminal import bar, complain, err, options_from, out, summary, throughput
+from featurization.fetch_commands import fetching
 
 app = typer.Typer(
     name="xtal",
     help="Ask whether the structure of a crystal alone, without chemistry, tells what it does. "
-    "Verbs in the order of the data: featurize, inspect, verify, train, evaluate, predict, ablate, "
-    "report, propensity; demo does all of them. On a cluster: submit, jobs, watch, cancel, "
+    "Verbs in the order of the data: fetch, featurize, inspect, verify, train, evaluate, predict, "
+    "ablate, report, propensity; demo does all of them. On a cluster: submit, jobs, watch, cancel, "
     "dashboard. "
     "--debug anywhere shows the traceback of an error.",
     no_args_is_help=True,
@@ -41,6 +42,8 @@ OptionsFile = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")]
+
+app.add_typer(fetching, name="fetch")
 
 
 @app.command()

@@ -23,7 +23,23 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "mars
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 # The one module that asks the kernel for addresses and free ports.
 ASKS_FOR_PORTS = "cluster/ray_node.py"
-NETWORK = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "smtplib"}
+# Those that speak to servers of data, and name them.
+NETWORK_HOMES = {
+    ASKS_FOR_PORTS: {"socket"},
+    "featurization/web.py": {"requests", "urllib3"},
+    "featurization/addresses.py": {"urllib"},
+}
+NETWORK = {
+    "socket",
+    "urllib",
+    "http",
+    "requests",
+    "httpx",
+    "aiohttp",
+    "ftplib",
+    "smtplib",
+    "urllib3",
+}
 
 
 def name_of(path: Path) -> str:
@@ -55,7 +71,7 @@ def sins(name: str, text: str) -> list[str]:
         top = module.split(".")[0]
         if top in ORDER and ORDER.index(top) > ORDER.index(package):
             found.append(f"imports {module}, which is to its right")
-        allowed = {"socket"} if name == ASKS_FOR_PORTS else set()
+        allowed = NETWORK_HOMES.get(name, set())
         if top in (FORBIDDEN_MODULES | NETWORK) - allowed:
             found.append(f"imports {module}")
         if top in ("torch", "safetensors", "tensorboard") and package in ORDER[:2]:
@@ -119,6 +135,7 @@ def test_each_framework_has_its_place() -> None:
     allowed = {"cluster/ray_session.py", "cluster/gauges.py", "training/distributed.py"}
     allowed |= {"ablation/run.py"}
     assert "cluster/ray_session.py" in importers("ray") <= allowed
+    assert importers("mp_api") == {"featurization/materials_project.py"}
     assert importers("submitit") == {"cluster/submit.py"}
 
 

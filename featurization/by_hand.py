@@ -1,0 +1,104 @@
+"""Crystals from files that were downloaded by hand → the same file and record as when fetched."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import UserError
+from cluster.files import sha256_of
+from featurization.crystal import Reject
+from featurization.documents import document_id, loads
+from featurization.records import Stream
+from featurization.snapshot import Snapshot, checked_name, fetched
+from featurization.sources import open_source
+from featurization.streams import StreamBroken, json_elements, read_pieces
+
+# Documents a chunk, which is what is held in memory.
+_CHUNK = 1000
+
+
+def convert(
+    files: list[Path],
+    path: Path,
+    about: dict[str, Any],
+    documents: Callable[[Path], Iterator[dict[str, Any]]],
+    *,
+    restart: bool = False,
+) -> dict[str, Any]:
+    """Write the documents of all files to `path`; returns its record, which names the files.
+
+    Raises:
+        UserError: a file is not there, breaks off, holds no document, or one id comes twice.
+    """
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"--from {file}: no such file", remedy="give the path of the download")
+    sums = [{"file": file.name, "sha256": sha256_of(file)} for file in files]
+
+    def work(snapshot: Snapshot) -> dict[str, Any]:
+        snapshot.chunks.clear()  # it is faster to read again than to find the place
+        everything = _unique(files, documents)
+        while chunk := list(islice(everything, _CHUNK)):
+            snapshot.append(chunk)
+        if not snapshot.chunks:
+            raise UserError(f"{files[0]} holds no such documents", remedy="see xtal fetch --help")
+        return about | {"from": sums}
+
+    request = {"source": about["source"], "from": sums}
+    return fetched(checked_name(path), request, work, restart=restart)
+
+
+def _unique(
+    files: Iterable[Path], documents: Callable[[Path], Iterator[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    seen: set[str] = set()
+    for file in files:
+        try:
+            for document in documents(file):
+                id = document_id(document)
+                if not id or id in seen:
+                    raise UserError(
+                        f"{file}: " + (f"{id} is there twice" if id else "a document without id"),
+                        remedy="give each file once, and no files that overlap",
+                    )
+                seen.add(id)
+                yield document
+        except (StreamBroken, Reject) as error:
+            raise UserError(f"{file}: {error}", remedy="download it again") from None
+
+
+def summaries(file: Path) -> Iterator[dict[str, Any]]:
+    """Documents of the Materials Project: one a line, or a list of them.
+
+    Raises:
+        StreamBroken, Reject: the file breaks off, or is no JSON.
+    """
+    source = open_source(str(file))
+    if not isinstance(source, Stream):
+        raise UserError(f"{file} holds no JSON documents", remedy="give .jsonl or .json files")
+    return _objects(text for _, text in source.stream())
+
+
+def structures(file: Path) -> Iterator[dict[str, Any]]:
+    """Entries of OPTIMADE: answers of a server as they came, or the standard's JSON Lines.
+
+    Raises:
+        StreamBroken, Reject: as above.
+    """
+    pieces = read_pieces(file)
+    if ".jsonl" in file.name:
+        entries = _objects(text for _, text in _lines(file))
+    else:
+        entries = _objects(text for key, text in json_elements(pieces) if key == "data")
+    return (entry for entry in entries if entry.get("type") == "structures")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    source = open_source(str(file))
+    assert isinstance(source, Stream)
+    return source.stream()
+
+
+def _objects(texts: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    return (each for each in map(loads, texts) if isinstance(each, dict))
