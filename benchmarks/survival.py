@@ -37,7 +37,7 @@ arms = [
 ]
 [training]
 task = "crystal_system"
-epochs = 3
+epochs = 2
 width = 32
 """
 # Space, quotes, line break, a command, SLURM's own pattern, and what a URL would read.
@@ -137,9 +137,12 @@ def requeued(slurm: Machines, job: str, work: Work, out: Path) -> str:
 
 
 def _lost(slurm: Machines, node: str, job: str) -> str:
+    """A job that SLURM lets go on (--no-kill) still holds the node when it is back."""
     slurm.kill(node)
     time.sleep(20)
-    slurm.revive(node)
+    slurm.start(node)
+    words = ("sinfo", "-h", "-N", "-p", "batch", "-t", "idle,alloc,mix", "-o", "%N")
+    slurm.until(lambda: node in slurm.run(*words).stdout.split(), f"{node} is back", 60)
     return job
 
 

@@ -98,6 +98,7 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # what one machine's Ray has set to 0
         "RAY_worker_niceness": "0",  # of 15: workers are the work itself
         "TMPDIR": str(folder),
         "GLOO_SOCKET_IFNAME": interface,
