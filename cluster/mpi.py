@@ -1,6 +1,7 @@
 """The only file that imports mpi4py: the ranks of a job, or one process without MPI."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from cluster.errors import RunFailed, Stopped, UserError
 
 # What each launcher says of the number of processes that it started.
 _LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_STARTING = 300  # s, in which all ranks meet, or never will
 # Where a stopped counter stands: room for further claims below the largest int64.
 _BEYOND = 1 << 62
 
@@ -191,6 +193,8 @@ class MpiRanks:
 def ranks() -> Ranks:
     """The ranks of this job; MPI is started only under a launcher (mpiexec, srun).
 
+    SIGALRM ends the process if the ranks have not met within 5 minutes.
+
     Raises:
         UserError: the launcher started several processes but the MPI library sees one, which
             would make every process do all the work.
@@ -198,6 +202,9 @@ def ranks() -> Ranks:
     announced = max((int(os.environ.get(name) or 1) for name in _LAUNCHER_SIZES), default=1)
     if not any(name in os.environ for name in _LAUNCHER_SIZES):
         return OneProcess()
+    signal.alarm(
+        _STARTING
+    )  # whose default action ends a process that hangs in the MPI library, too
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -207,6 +214,8 @@ def ranks() -> Ranks:
             f"started as {announced} processes, but mpi4py cannot be imported: {error}",
             remedy="pip install mpi4py mpich, or run one process",
         ) from None
+    finally:
+        signal.alarm(0)
     world = MpiRanks(MPI)
     if world.size != announced:
         raise UserError(

@@ -6,6 +6,7 @@ Ranks are threads where only the logic matters, and processes of a real `mpiexec
 import json
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,17 @@ BESIDE_PYTHON = Path(sys.executable).with_name("mpiexec")
 MPIEXEC = str(BESIDE_PYTHON) if BESIDE_PYTHON.exists() else shutil.which("mpiexec")
 needs_mpi = pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec")
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def test_a_process_that_hangs_in_the_library_ends(tmp_path: Path) -> None:
+    """Within C, where no exception of Python arrives."""
+    (tmp_path / "mpi4py").mkdir()
+    hang = "import ctypes\nctypes.PyDLL(None).sleep(30)\n"
+    (tmp_path / "mpi4py" / "__init__.py").write_text(hang)
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from cluster import mpi\n"
+    script += "mpi._STARTING = 1\nmpi.ranks()"
+    done = process([sys.executable, "-c", script], timeout=25, PMI_SIZE="2")
+    assert done.returncode == -signal.SIGALRM
 
 
 class _Own:
