@@ -15,7 +15,7 @@ from featurization.sources import open_source
 from featurization.streams import StreamBroken, json_elements, read_pieces
 
 # Documents a chunk, which is what is held in memory.
-_CHUNK = 1000
+CHUNK = 1000
 
 
 def convert(
@@ -37,9 +37,10 @@ def convert(
     sums = [{"file": file.name, "sha256": sha256_of(file)} for file in files]
 
     def work(snapshot: Snapshot) -> dict[str, Any]:
-        snapshot.chunks.clear()  # it is faster to read again than to find the place
         everything = _unique(files, documents)
-        while chunk := list(islice(everything, _CHUNK)):
+        for _ in islice(everything, snapshot.documents):
+            pass
+        while chunk := list(islice(everything, CHUNK)):
             snapshot.append(chunk)
         if not snapshot.chunks:
             raise UserError(f"{files[0]} holds no such documents", remedy="see xtal fetch --help")

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.errors import RunFailed
 from featurization import web
 from featurization.addresses import host_of
-from featurization.web import AGAIN, CUT, NotFound, Web, reason_of, too_large
+from featurization.web import AGAIN, CUT, Refused, Web, reason_of, too_large
 
 # Larger than any published archive, B.
 MAX_FILE = 4 << 30
@@ -60,7 +60,7 @@ def _some(
         elif response.status_code == 200:
             before, total = 0, int(response.headers.get("content-length") or 0)
         else:
-            raise NotFound(
+            raise Refused(
                 f"{host_of(str(response.url))} answers HTTP {response.status_code} in place of the "
                 "file",
                 remedy=f"open {url} in a browser, and give what it saves with --from FILE",

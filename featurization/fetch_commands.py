@@ -9,6 +9,7 @@ import typer
 
 from cluster.errors import UserError
 from cluster.terminal import bar, err, options_from, out, summary
+from featurization.addresses import checked_url
 
 fetching = typer.Typer(
     help="Get crystals from a database, as a file for xtal featurize and a record beside it "
@@ -128,7 +129,8 @@ def fetch_optimade(
         record = files.convert(
             by_hand,
             file,
-            {"source": "OPTIMADE", "url": url, "filter": filter, "licence": "ask the provider"},
+            {"source": "OPTIMADE", "url": checked_url(url), "filter": filter}
+            | {"licence": "ask the provider"},
             lambda each: map(document_of, files.structures(each)),
             restart=restart,
         )

@@ -83,7 +83,8 @@ def fetch(
             return _fetch(snapshot, endpoint, key, query, say, progress)
         except KeyRefused as error:
             raise UserError(
-                f"{host_of(endpoint)} refuses the key in MP_API_KEY ({error})", remedy=_WHERE
+                f"{host_of(endpoint)} refuses the key in MP_API_KEY ({error})",
+                remedy=f"{_WHERE}; if it is the same, your network may be blocked",
             ) from None
 
     return fetched(checked_name(path), request, work, restart=restart)
@@ -203,7 +204,8 @@ class _Materials:
                 thread.join(sum(web.TIMEOUT))
             if made and not isinstance(made[0], Exception):
                 return made[0]
-            time.sleep(web.PAUSE * 2**attempt)
+            if attempt < web.ATTEMPTS - 1:
+                time.sleep(web.PAUSE * 2**attempt)
         with self._explained():
             raise made[0] if made else TimeoutError("no answer in time")
 

@@ -9,8 +9,8 @@ from typing import Any
 from cluster.errors import RunFailed, UserError
 from featurization.addresses import checked_url, host_of, next_url, plain
 from featurization.optimade_structures import LABELS, STRUCTURE, document_of
-from featurization.snapshot import Snapshot, checked_name, fetched
-from featurization.web import NotFound, Say, Web
+from featurization.snapshot import Snapshot, checked_name, clear, fetched
+from featurization.web import Refused, Say, Web
 
 # Entries a page that we ask for; servers that allow fewer refuse with 403.
 PAGE = 100
@@ -97,6 +97,7 @@ def _pages(
         if url is not None:
             time.sleep(_delay(meta))
     if not seen:
+        clear(snapshot.folder)
         raise UserError(f"{host_of(base)} has no structure for {filter!r}", remedy=_LANGUAGE)
     if announced is not None and announced != len(seen):
         say(f"{host_of(base)} announced {announced:,} structures and gave {len(seen):,}")
@@ -109,7 +110,7 @@ _CHECK = "check the address: it is the base of an OPTIMADE API of version 1"
 def _page(web: Web, url: str, parameters: dict[str, str]) -> dict[str, Any]:
     try:
         return web.document(url, **parameters)
-    except NotFound as error:
+    except Refused as error:
         if "HTTP 403" in error.problem and "page_limit" in parameters:
             del parameters["page_limit"]
             return _page(web, url, parameters)
@@ -156,7 +157,7 @@ def _labels_of(web: Web, base: str) -> list[str]:
     """Those properties of our labels that a database has."""
     try:
         answer = web.document(f"{base}/info/structures")
-    except NotFound:
+    except Refused:
         return []
     there = _object(_object(answer, "data"), "properties")
     return [name for name in dict.fromkeys(words[0] for words in LABELS) if name in there]

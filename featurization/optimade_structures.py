@@ -49,7 +49,8 @@ def document_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     attributes = entry.get("attributes")
     if not isinstance(attributes, dict):
         attributes = {}
-    document: dict[str, Any] = {"material_id": str(entry.get("id", ""))}
+    id = entry.get("id")
+    document: dict[str, Any] = {"material_id": "" if id is None else str(id)}
     try:
         document["structure"] = _structure(attributes)
     except (KeyError, TypeError, ValueError, AttributeError, np.linalg.LinAlgError) as error:

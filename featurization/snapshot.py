@@ -65,17 +65,16 @@ class Snapshot:
             )
         self.record = entries[-1].get("record")
         self.chunks = [entry for entry in entries if "end" in entry]
-        end = self.chunks[-1]["end"] if self.chunks else 0
         if self.record is None and self.chunks:
             numbers = [chunk["number"] for chunk in self.chunks]
+            end = self.chunks[-1]["end"]
             if numbers != list(range(len(numbers))) or self.data.stat().st_size < end:
                 raise RunFailed(f"{self.folder} is damaged", remedy=_RESTART)
-            os.truncate(self.data, end)
 
     @property
     def documents(self) -> int:
         """Documents there so far."""
-        return sum(chunk["documents"] for chunk in self.chunks)
+        return self.chunks[-1]["documents"] if self.chunks else 0
 
     def append(self, documents: Iterable[dict[str, Any]], **state: Any) -> None:
         """Add a chunk of documents; `state` comes back in `chunks` when another command goes on."""
@@ -91,9 +90,10 @@ class Snapshot:
         labels = Counter(
             name for each in listed for name in labels_from(each.items(), known_only=True)
         )
-        chunk = {"number": len(self.chunks), "end": end, "documents": len(listed), "labels": labels}
-        append_line(self._journal, json.dumps(chunk | state))
-        self.chunks.append(chunk | state)
+        there = {"end": end, "documents": self.documents + len(listed)}
+        chunk = {"number": len(self.chunks), **there, "labels": labels, **state}
+        append_line(self._journal, json.dumps(chunk))
+        self.chunks.append(chunk)
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Put the file and its record, which says `facts`, in their places; returns the record."""

@@ -40,7 +40,7 @@ class KeyRefused(Exception):
     """A server answers that the key which came with the request is not good (401 or 403)."""
 
 
-class NotFound(RunFailed):
+class Refused(RunFailed):
     """A server answers a request with 4xx, for a reason that another attempt will not change."""
 
 
@@ -63,7 +63,7 @@ class Web(requests.Session):
         """The JSON object at an address.
 
         Raises:
-            NotFound: the server answers 4xx; the message has what it says about it.
+            Refused: the server answers 4xx; the message has what it says about it.
             RunFailed: it gives no such answer, after several attempts.
         """
         try:
@@ -73,7 +73,7 @@ class Web(requests.Session):
                 f"{host_of(url)}: {reason_of(error)}", remedy="check the address"
             ) from None
         if response.status_code != 200:
-            raise NotFound(
+            raise Refused(
                 f"{host_of(url)} answers HTTP {response.status_code}: {_reason(response.content)}",
                 remedy="check the request; the server's documentation says what it takes",
             )

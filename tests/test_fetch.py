@@ -23,10 +23,11 @@ from pymatgen.core import Lattice, Structure
 from tiny import ROOT, command, document, write_lines
 
 from cluster.errors import RunFailed, UserError
+from featurization import by_hand, published, web
 from featurization import materials_project as mp
 from featurization import optimade as om
-from featurization import published, web
 from featurization.addresses import checked_url, next_url
+from featurization.by_hand import convert, summaries
 from featurization.crystal import Reject
 from featurization.optimade_structures import document_of
 from featurization.snapshot import record_of
@@ -43,6 +44,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(om, "PAGE", 5)
     monkeypatch.setattr(mp, "PAGE", 10)
     monkeypatch.setattr(mp, "CHUNK", 7)
+    monkeypatch.setattr(by_hand, "CHUNK", 7)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("MP_API_KEY", "MP_API_ENDPOINT"):
@@ -290,7 +292,7 @@ def test_small_pages_where_the_server_wants_them(tmp_path):
         ("(", [entry(1)], {}, UserError, r"HTTP 400: cannot parse \[2J"),
         ("", [], {}, UserError, "has no structure for ''"),
         ("", [entry(1), entry(1)], {}, RunFailed, "one id twice"),
-        ("", [entry(1) | {"id": ""}], {}, RunFailed, "a structure without id"),
+        ("", [entry(1) | {"id": None}], {}, RunFailed, "a structure without id"),
         ("", [entry(1)], {"more_data_available": True}, RunFailed, "does not say where"),
         ("", [entry(n % 6) for n in range(7)], {}, RunFailed, "one id twice"),
     ],
@@ -299,6 +301,8 @@ def test_a_database_that_breaks_its_word(tmp_path, filter, entries, meta, error,
     with serving(optimade(entries, **meta)) as server, pytest.raises(error, match=said):
         om.fetch(f"{server.url}/optimade", filter, tmp_path / "a.jsonl.gz", **QUIET)
     assert not (tmp_path / "a.jsonl.gz").exists()
+    # What was wrong with the request leaves nothing that the next one would meet.
+    assert error is RunFailed or left(tmp_path) == []
 
 
 def test_a_database_that_gives_fewer_than_announced_says_so(tmp_path):
@@ -662,14 +666,22 @@ def fetchers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         known = published.MATBENCH["log_kvrh"]
         published.fetch(known, out, url=f"{url}/files/1", **QUIET)
 
+    def from_files(url: str, out: Path) -> None:
+        files = [out.parent / "given.jsonl"]
+        write_lines(files[0], materials(19))
+        convert(files, out / "a.jsonl.gz", mp.ABOUT, lambda file: map(mp.trimmed, summaries(file)))
+
     return {
         "mp": (materials_project(materials(19)), "a.jsonl.gz", from_project),
         "optimade": (optimade([entry(n) for n in range(1, 19)]), "a.jsonl.gz", from_optimade),
         "archive": (archive(TABLE), "matbench_log_kvrh.json.gz", from_archive),
+        "by hand": (archive(b""), "a.jsonl.gz", from_files),
     }
 
 
-@pytest.mark.parametrize(("kind", "every"), [("mp", 11), ("optimade", 1), ("archive", 1)])
+@pytest.mark.parametrize(
+    ("kind", "every"), [("mp", 11), ("optimade", 1), ("archive", 2), ("by hand", 3)]
+)
 def test_killed_at_any_step_nothing_is_lost_or_doubled(
     project, kind, every, task, tmp_path, monkeypatch
 ):
@@ -731,6 +743,21 @@ def test_a_later_command_asks_only_for_what_is_missing(project, kind, tmp_path, 
         work(server.url, tmp_path / "out")
         assert len(server.asked) - before <= asked - 2
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_a_crash_left_unfinished_is_taken_back(tmp_path, monkeypatch):
+    reply, name, work = fetchers(monkeypatch)["optimade"]
+    with serving(reply) as server:
+        work(server.url, tmp_path / "whole")
+        for _ in range(2):
+            server.faults = 3 * [databases.fine] + web.ATTEMPTS * [databases.broken]
+            with pytest.raises(RunFailed, match="HTTP 500"):
+                work(server.url, tmp_path)
+            for file in ("data", "journal"):  # half a chunk, half a line
+                with (tmp_path / f"{name}.partial" / file).open("ab") as stream:
+                    stream.write(b"12345678 {")
+        work(server.url, tmp_path)
+    assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_the_command_killed_and_given_again(tmp_path):
