@@ -746,16 +746,17 @@ def test_a_later_command_asks_only_for_what_is_missing(project, kind, tmp_path, 
 
 
 def test_what_a_crash_left_unfinished_is_taken_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(om, "PAGE", 3)
     reply, name, work = fetchers(monkeypatch)["optimade"]
     with serving(reply) as server:
         work(server.url, tmp_path / "whole")
-        for _ in range(2):
-            server.faults = 3 * [databases.fine] + web.ATTEMPTS * [databases.broken]
+        for _ in range(2):  # two pages each
+            server.faults = 4 * [databases.fine] + web.ATTEMPTS * [databases.broken]
             with pytest.raises(RunFailed, match="HTTP 500"):
                 work(server.url, tmp_path)
-            for file in ("data", "journal"):  # half a chunk, half a line
+            for file, text in (("data", 9999 * b"x"), ("journal", b"12345678 {")):
                 with (tmp_path / f"{name}.partial" / file).open("ab") as stream:
-                    stream.write(b"12345678 {")
+                    stream.write(text)
         work(server.url, tmp_path)
     assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
