@@ -40,7 +40,7 @@ class Block:
 
     page: str
     line: int
-    kind: str  # sh, python, text, toml, diff
+    kind: str  # sh, python, text, toml, diff; nothing: not to be done, such as a tree of files
     text: str
     why: str | None  # it is not run
 
@@ -87,7 +87,7 @@ class Reader:
             self.done.append(each)
             self._names = {"__name__": "__main__"}
             for block in blocks(each):
-                if block.why is None:
+                if block.why is None and block.kind:
                     self.run(block)
 
     def run(self, block: Block) -> None:
