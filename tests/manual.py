@@ -40,7 +40,7 @@ class Block:
 
     page: str
     line: int
-    kind: str  # sh, python, text, toml, diff; nothing: not to be done, such as a tree of files
+    kind: str  # sh, python, text, toml, cif, diff; nothing: not to be done, such as a tree of files
     text: str
     why: str | None  # it is not run
 
@@ -104,9 +104,12 @@ class Reader:
     def _toml(self, block: Block) -> None:
         """A file, which its first line names."""
         name = block.text.splitlines()[0].removeprefix("# ")
-        assert re.fullmatch(r"[\w/.-]+\.toml", name), f"first line names no file: {name}"
-        root = self._copy() if block.page == CHANGES_THE_PROJECT else self.folder
-        (root / name).write_text(block.text, encoding="utf-8")
+        assert re.fullmatch(r"[\w/.-]+\.(toml|cif)", name), f"first line names no file: {name}"
+        path = (self._copy() if block.page == CHANGES_THE_PROJECT else self.folder) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(block.text, encoding="utf-8")
+
+    _cif = _toml
 
     def _python(self, block: Block) -> None:
         out = io.StringIO()
