@@ -31,6 +31,7 @@ _FENCE = re.compile(
     r"(?:^<!-- not run: (?P<why>[^>]+?) -->\n)?^```(?P<kind>\S*)[^\n]*\n(?P<text>.*?)^```$",
     re.S | re.M,
 )
+_FILE = re.compile(r"# ([\w/.-]+\.(?:toml|cif))\n")
 _ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -40,7 +41,7 @@ class Block:
 
     page: str
     line: int
-    kind: str  # sh, python, text, toml, cif, diff; nothing: not to be done, such as a tree of files
+    kind: str  # sh, python, text, toml, diff; nothing: not to be done, such as a tree of files
     text: str
     why: str | None  # it is not run
 
@@ -103,13 +104,11 @@ class Reader:
 
     def _toml(self, block: Block) -> None:
         """A file, which its first line names."""
-        name = block.text.splitlines()[0].removeprefix("# ")
-        assert re.fullmatch(r"[\w/.-]+\.(toml|cif)", name), f"first line names no file: {name}"
-        path = (self._copy() if block.page == CHANGES_THE_PROJECT else self.folder) / name
+        named = _FILE.match(block.text)
+        assert named, "the first line names no file"
+        path = (self._copy() if block.page == CHANGES_THE_PROJECT else self.folder) / named[1]
         path.parent.mkdir(exist_ok=True)
         path.write_text(block.text, encoding="utf-8")
-
-    _cif = _toml
 
     def _python(self, block: Block) -> None:
         out = io.StringIO()
@@ -118,7 +117,10 @@ class Reader:
         self._said = out.getvalue()
 
     def _text(self, block: Block) -> None:
-        """What the block before printed; `...` stands for anything."""
+        """A file, or what the block before printed; `...` stands for anything."""
+        if _FILE.match(block.text):
+            self._toml(block)
+            return
         checker = doctest.OutputChecker()
         assert checker.check_output(block.text, self._said, _ALIKE), f"expected:\n{block.text}"
 

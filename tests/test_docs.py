@@ -66,7 +66,7 @@ def test_few_blocks_are_not_run_and_each_says_why() -> None:
     left = [block for page in pages() for block in blocks(page) if block.why is not None]
     assert len(left) <= MOST_NOT_RUN, [block.where for block in left]
     kinds = {block.kind for page in pages() for block in blocks(page)}
-    assert kinds == {"sh", "python", "text", "toml", "cif", "diff", ""}
+    assert kinds == {"sh", "python", "text", "toml", "diff", ""}
     plain = [block for page in pages() for block in blocks(page) if not block.kind]
     command = r"^(\$ |\w+=\S* )*(xtal|python3?|pip|git|bash|mpiexec|srun|sbatch|import|from) "
     assert [block.where for block in plain if re.search(command, block.text, re.M)] == []
