@@ -32,7 +32,7 @@ from PIL import ImageChops, ImageStat
 from tiny import ROOT, process
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-MOST_NOT_RUN = 8
+MOST_NOT_RUN = 8  # those that need the network
 MOST_LINES = 30
 
 
