@@ -26,12 +26,15 @@ autodoc_member_order = "bysource"
 def _plain(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Our docstrings are plain text: `code` is code, and |q| a length, no substitution.
 
-    Before napoleon, which otherwise takes a colon within backticks for one of its own.
+    Before napoleon, which takes what stands before a colon in an attribute's first line, or within
+    backticks, for a type.
     """
     lines[:] = [
         re.sub(r"`[^`]+`|\|", lambda m: f"`{m[0]}`\\ " if m[0] != "|" else r"\|", line)
         for line in lines
     ]
+    if what in ("attribute", "property"):
+        lines.insert(0, "")
 
 
 def setup(app: Sphinx) -> None:
