@@ -130,10 +130,16 @@ class _Driver:
         threads = max(1, cores() // processes)
         room = memory.available() // (4 * min(processes, os.cpu_count() or 1))
 
-        def hired() -> Any:
-            return kind.remote(self._out, threads, room)
+        # Who has started gets a job; one hired on a node that is gone never does.
+        hiring: dict[Any, Any] = {}
 
-        idle: list[tuple[Any, Group | None]] = [(hired(), None) for _ in range(processes)]
+        def hire() -> None:
+            worker = kind.remote(self._out, threads, room)
+            hiring[worker.__ray_ready__.remote()] = worker
+
+        for _ in range(processes):
+            hire()
+        idle: list[tuple[Any, Group | None]] = []
         running: dict[Any, tuple[Any, Job]] = {}
         lost = 0  # workers, one after the other, without a job done between
         while queue or running:
@@ -149,32 +155,35 @@ class _Driver:
                 else:
                     running[self._start(worker, job)] = worker, job
             idle = waiting
-            assert running, "jobs wait for each other"
-            ended, _ = ray.wait(list(running), timeout=0.5)
+            assert running or (hiring and not idle), "jobs wait for each other"
+            ended, _ = ray.wait([*running, *hiring], timeout=0.5)
             for reference in ended:
-                worker, job = running.pop(reference)
-                queue.ended(job)
+                job = None
+                if reference in hiring:
+                    worker = hiring.pop(reference)
+                else:
+                    worker, job = running.pop(reference)
+                    queue.ended(job)
                 try:
                     answers = ray.get(reference)
                 except ray.exceptions.RayError as error:  # the worker itself is gone
                     lost += 1
-                    # Of a lost node nobody is hired again: he would wait for cores for ever.
-                    room_left = len(idle) + len(running) < ray.cluster_resources().get("CPU", 0)
-                    worker = hired() if room_left else None
+                    worker, there = None, ray.cluster_resources().get("CPU", 0)
+                    if len(idle) + len(running) + len(hiring) < there:
+                        hire()
                     if lost > 3 * processes + 10:
                         raise RunFailed(
                             f"Ray lost {lost} workers in a row: {error}",
                             remedy="see whether memory or nodes fail; the same command goes on",
                         ) from None
                     answers = Failure(f"{type(error).__name__}: {error}", hopeless=False)
-                else:
-                    lost = 0
-                if isinstance(answers, Failure):
+                if job is not None and isinstance(answers, Failure):
                     self._failed(queue, job, answers)
-                else:
+                elif job is not None:
                     self._done(queue, job, answers)
                 if worker is not None:
-                    idle.append((worker, job.group))
+                    lost = 0 if job is not None else lost
+                    idle.append((worker, None if job is None else job.group))
             self._tell([job for _, job in running.values()], processes, queue)
 
     def _jobs(self, todo: list[Trial]) -> list[Job]:
