@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,17 @@ from cluster.config import build_config, read_toml
 from cluster.errors import RunFailed, Stopped, UserError
 from cluster.mpi import agree
 from cluster.mpi import ranks as mpi_ranks
-from cluster.terminal import bar, complain, err, options_from, out, summary, throughput
+from cluster.terminal import (
+    AsJson,
+    OptionsFile,
+    bar,
+    complain,
+    err,
+    out,
+    show_json,
+    summary,
+    throughput,
+)
 from featurization.fetch_commands import fetching
 
 app = typer.Typer(
@@ -35,13 +46,6 @@ app = typer.Typer(
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file with the full configuration.")
 ]
-OptionsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", callback=options_from, is_eager=True, help="TOML file with these options."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")]
 
 app.add_typer(fetching, name="fetch")
 
@@ -89,6 +93,7 @@ def featurize(
             "--dry-run", help="Say what is to do in OUT and what it takes; write nothing."
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Turn crystals into diffraction clouds: OUT/shards, manifest.json, rejects.csv, dataset.h5.
 
@@ -117,7 +122,10 @@ def featurize(
             expected = agree(
                 ranks, lambda: forecast(source, dataset, settings, ranks, append=append)
             )
-            if ranks.rank == 0:
+            if ranks.rank == 0 and as_json:
+                named = {"out" if k == str(dataset) else k: v for k, v in expected.rows.items()}
+                show_json({"expected": named, "warnings": expected.warnings})
+            elif ranks.rank == 0:
                 summary(f"{source}: what to expect; nothing was written", expected.rows)
             for warning in expected.warnings:
                 complain("warning", warning)
@@ -125,16 +133,24 @@ def featurize(
         with throughput(ranks.rank == 0, ranks.size) as update:
             manifest = run(source, dataset, settings, ranks, progress=update, append=append)
     if ranks.rank == 0:
-        summary(
-            f"dataset {dataset}",
-            {
-                "structures": manifest["structures"],
-                "rejected": f"{manifest['rejected']} (see rejects.csv)",
-                "points stored": manifest["points"],
-                "shards": len(manifest["shards"]),
-                "content hash": manifest["content_hash"][:16],
-            },
-        )
+        counts = {
+            "structures": manifest["structures"],
+            "rejected": manifest["rejected"],
+            "points stored": manifest["points"],
+            "shards": len(manifest["shards"]),
+            "content hash": manifest["content_hash"],
+        }
+        if as_json:
+            show_json({"dataset": dataset} | {k.replace(" ", "_"): v for k, v in counts.items()})
+        else:
+            summary(
+                f"dataset {dataset}",
+                counts
+                | {
+                    "rejected": f"{manifest['rejected']} (see rejects.csv)",
+                    "content hash": manifest["content_hash"][:16],
+                },
+            )
         for each in manifest["sources"]:
             if each["damage"]:
                 complain("warning", f"{each['spec']} ends early: {each['damage']}")
@@ -170,7 +186,7 @@ def inspect(
             write_picture(one, picture)
         answer = inspect_crystal(one)
     if as_json:
-        print(json.dumps(answer, indent=1))
+        show_json(answer)
     elif id is None:
         show_dataset(answer)
     else:
@@ -228,10 +244,11 @@ def verify(
     if ranks.rank != 0:
         raise typer.Exit(0 if answer["ok"] else 1)
     if as_json:
-        print(json.dumps(answer, indent=1))
+        show_json(answer)
     else:
         listed = ("sources", "problems")
-        summary(f"dataset {dataset}", {k: v for k, v in answer.items() if k not in listed})
+        shown = {k.replace("_", " "): v for k, v in answer.items() if v not in ("", [])}
+        summary(f"dataset {dataset}", {k: shown[k] for k in shown if k not in listed})
         for each in answer["sources"]:
             out.print(f"source {each['spec']}: {each['state']}", soft_wrap=True)
         for problem in answer["problems"]:
@@ -363,7 +380,7 @@ def predict(
     with bar("crystals", None, shown=not as_json) as update:
         counts = run_prediction(run, source, table, task=task, processes=processes, progress=update)
     if as_json:
-        print(json.dumps(counts, indent=1))
+        show_json(counts)
     else:
         summary(f"predictions {table}", dict(counts))
 
@@ -401,6 +418,7 @@ def ablate(
         typer.Option("--dry-run", help="Time a training of each model, say what all take, stop."),
     ] = False,
     config: OptionsFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Perturb the input, train again, compare. The same command goes on after a crash.
 
@@ -413,19 +431,24 @@ def ablate(
 
     settings = read_grid(grid, dataset=None if dataset is None else str(dataset.resolve()))
     if dry_run:
-        _forecast(settings, folder)
+        _forecast(settings, folder, as_json)
         return
     if folder is None:
         raise UserError("OUT is not given", remedy=f"xtal ablate {grid} OUT")
     with live() as update:
         counts = run_grid(settings, folder, progress=update)
-    summary(f"grid {folder}", dict(counts))
+    page = None if counts["failed"] else write_report(folder, dataset=Path(settings.dataset))
+    if as_json:
+        show_json(dict(counts) | {"report": page})
+    else:
+        summary(f"grid {folder}", dict(counts))
     if counts["failed"]:
         raise RunFailed(
             f"{counts['failed']} trials failed",
             remedy=f"xtal ablate status {folder} shows why; run again to retry them",
         )
-    out.print(f"report: {write_report(folder, dataset=Path(settings.dataset))}", soft_wrap=True)
+    if not as_json:
+        out.print(f"report: {page}", soft_wrap=True)
 
 
 @ablation.command("status")
@@ -439,7 +462,7 @@ def ablate_status(
 
     answer = status(folder)
     if as_json:
-        print(json.dumps(answer, indent=1))
+        show_json(answer)
     else:
         show(folder, answer)
 
@@ -451,6 +474,7 @@ def report(
         Path | None, typer.Option(help="Where the dataset is now, if it has moved.")
     ] = None,
     config: OptionsFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write DIR/report.html, one file that opens offline, and the tables behind it."""
     from ablation.layout import write_tables
@@ -459,7 +483,11 @@ def report(
 
     if (folder / RECORD).exists():  # a grid, perhaps one that is at work
         write_tables(folder)
-    out.print(f"report: {write_report(folder, dataset=dataset)}", soft_wrap=True)
+    page = write_report(folder, dataset=dataset)
+    if as_json:
+        show_json({"report": page})
+    else:
+        out.print(f"report: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -485,7 +513,7 @@ def propensity(
     held, table = run(dataset, runs, folder, members=members)
     rows = table.to_pylist()
     if as_json:
-        print(json.dumps(rows, indent=1))
+        show_json(rows)
         return
     shown = Table(title=f"{held.task}: {len(rows)} prototypes, {len(held.ids)} held-out crystals")
     shown.add_column("prototype", no_wrap=True)
@@ -511,14 +539,18 @@ def demo(
         str, typer.Option(help="The question to ask; other than crystal_system needs labels.")
     ] = "crystal_system",
     config: OptionsFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """The whole experiment in a few minutes: featurize, train, six arms × two seeds, report."""
     from ablation.demo import Stage, run_demo
 
     def stage(at: Stage) -> Any:
-        return bar(at.title, at.total)
+        return bar(at.title, at.total, shown=not as_json)
 
     answer = run_demo(folder, source, task, stage)
+    if as_json:
+        show_json({"answer": answer.sentences, "report": answer.report})
+        return
     out.print()
     for line in answer.sentences:
         out.print(line, highlight=False)
@@ -531,12 +563,16 @@ def watch(
     every: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1)] = 10.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and stop.")] = False,
     config: OptionsFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> None:
     """Say how far work is, from files alone: over ssh, without Ray; ends when the work has."""
     from ablation.watch import watch as look_again
 
-    for text in look_again(run, every, once=once):
-        out.print(text, soft_wrap=True, highlight=False)
+    for at, text in look_again(run, every, once=once):
+        if as_json:
+            print(json.dumps(asdict(at), default=str), flush=True)
+        else:
+            out.print(text, soft_wrap=True, highlight=False)
 
 
 register(app)
@@ -597,11 +633,14 @@ def _fatal_for_all(ranks: Any) -> Iterator[None]:
         raise
 
 
-def _forecast(grid: Any, folder: Path | None) -> None:
-    """What a grid takes, as tables."""
+def _forecast(grid: Any, folder: Path | None, as_json: bool) -> None:
+    """What a grid takes, as tables or as JSON."""
     from ablation.forecast import forecast
 
     expected = forecast(grid, folder)
+    if as_json:
+        show_json({"counts": expected.counts, "expected": expected.rows})
+        return
     for name, counts in expected.counts.items():
         table = Table(name, "trials", title_justify="left")
         for value, count in counts.items():
@@ -612,7 +651,7 @@ def _forecast(grid: Any, folder: Path | None) -> None:
 
 def _show_metrics(run: Path, answer: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(answer, indent=1))
+        show_json(answer)
         return
     sides = answer["class_counts"]
     counts = Table("class", *sides, title=answer["question"], title_justify="left")

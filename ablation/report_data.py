@@ -3,7 +3,7 @@
 | kind     | files                                                                        |
 |----------|------------------------------------------------------------------------------|
 | ablation | grid.json, results.parquet, predictions-TASK.parquet (`ablation.grid_folder`) |
-| run      | config.json, metrics.json, predictions.parquet, history.csv                  |
+| run      | config.json, metrics.json, predictions.parquet; history.csv of one network   |
 """
 
 import csv
@@ -26,7 +26,7 @@ from training.metrics import Interval, confusion_matrix
 
 FILES = {
     "ablation": grid_folder.FILES,
-    "run": ("config.json", "metrics.json", "predictions.parquet", "history.csv"),
+    "run": ("config.json", "metrics.json", "predictions.parquet"),
 }
 
 
@@ -232,6 +232,9 @@ def _run_trials(path: Path, classes: int, split: str, model: str) -> Trials:
 
 
 def _history(path: Path) -> tuple[dict[str, float], ...]:
+    """Epochs; none of trees and baselines, which have no epochs, nor of an ensemble's members."""
+    if not path.exists():
+        return ()
     with blaming(path), path.open(newline="", encoding="utf-8") as stream:
         return tuple(
             {name: float(text) if text else math.nan for name, text in row.items()}

@@ -54,10 +54,10 @@ def look(run: Path) -> list[Standing]:
     return found
 
 
-def watch(run: Path, every: float, *, once: bool = False) -> Iterator[str]:
-    """Lines of text on the results in a folder, every so many seconds, until all are finished.
+def watch(run: Path, every: float, *, once: bool = False) -> Iterator[tuple[Standing, str]]:
+    """The results in a folder and a line on each, every so many seconds, until all are finished.
 
-    A line that says nothing new is left out.
+    A result of which the line says nothing new is left out.
 
     Raises:
         UserError: there is no result.
@@ -71,7 +71,7 @@ def watch(run: Path, every: float, *, once: bool = False) -> Iterator[str]:
         for at in now:
             text = line(at, before.get(at.folder), seconds)
             if said.get(at.folder) != text:
-                yield text
+                yield at, text
             said[at.folder], before[at.folder] = text, at
         if once or (all(at.finished for at in now) and not _awaited(run, now)):
             return

@@ -14,16 +14,9 @@ from cluster.errors import UserError
 from cluster.ray_cluster import GRAFANA, PROMETHEUS, TARGETS
 from cluster.slurm import Job, ask, cancel, look, recorded
 from cluster.submit_commands import submitting
-from cluster.terminal import options_from, out
+from cluster.terminal import AsJson, OptionsFile, out, show_json
 
 DASHBOARD = GRAFANA / "crystal-genome.json"
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")]
-OptionsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", callback=options_from, is_eager=True, help="TOML file with these options."
-    ),
-]
 Result = Annotated[Path, typer.Argument(metavar="RUN", help="What was submitted: OUT or RUN.")]
 
 
@@ -31,7 +24,7 @@ def jobs(result: Result, config: OptionsFile = None, as_json: AsJson = False) ->
     """Show the jobs of a result: state, time, nodes, reason, and the end of the newest log."""
     rows = [(row, look(row["job"])) for row in _rows(result)]
     if as_json:
-        print(json.dumps([_as_dict(row, job) for row, job in rows], indent=1))
+        show_json([_as_dict(row, job) for row, job in rows])
         return
     table = Table("job", "verb", "state", "elapsed", "nodes", "restarts", "reason")
     for row, job in rows:
@@ -46,11 +39,14 @@ def jobs(result: Result, config: OptionsFile = None, as_json: AsJson = False) ->
             out.print(f"  {line}", soft_wrap=True, highlight=False)
 
 
-def cancel_jobs(result: Result, config: OptionsFile = None) -> None:
+def cancel_jobs(result: Result, config: OptionsFile = None, as_json: AsJson = False) -> None:
     """Cancel the jobs of a result that have not ended; what is done is safe."""
     alive = [row["job"] for row in _rows(result) if not look(row["job"]).over]
     cancel(alive)
-    out.print(f"cancelled: {', '.join(alive) or 'none, all have ended'}", highlight=False)
+    if as_json:
+        show_json({"cancelled": alive})
+    else:
+        out.print(f"cancelled: {', '.join(alive) or 'none, all have ended'}", highlight=False)
 
 
 def dashboard(
@@ -60,6 +56,7 @@ def dashboard(
     ] = None,
     port: Annotated[int, typer.Option(help="Port at your desk.", min=1024, max=65535)] = 8265,
     config: OptionsFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say how to reach the Ray dashboard of a running job from your desk, and whether it answers.
 
@@ -75,12 +72,17 @@ def dashboard(
     step = ["srun", f"--jobid={seen['job']}", "--overlap", "--quiet", "--nodes=1", "--ntasks=1"]
     step += [f"--nodelist={seen['node']}"]
     check = [sys.executable, "-m", "cluster.ray_node", "--answers", str(seen["port"])]
+    reveal = [*step, "cat", seen["token"]]
     answer = ask([*step, *check, "--token", seen["token"]]).strip()
+    if as_json:
+        told = {"node": seen["node"], "answers": answer, "url": f"http://localhost:{port}"}
+        show_json(told | {"tunnel": shlex.join(tunnel), "print_token": shlex.join(reveal)})
+        return
     out.print(f"the dashboard on {seen['node']} answers: {answer}", highlight=False)
     out.print("at your desk:", highlight=False)
     out.print(f"  {shlex.join(tunnel)}", soft_wrap=True, highlight=False)
     out.print(f"  then open http://localhost:{port}; it asks for the token, which", soft_wrap=True)
-    out.print(f"  {shlex.join([*step, 'cat', seen['token']])}", soft_wrap=True, highlight=False)
+    out.print(f"  {shlex.join(reveal)}", soft_wrap=True, highlight=False)
     out.print("  prints here", highlight=False)
     if (found[-1].with_name(TARGETS)).exists():
         words = ["prometheus", f"--config.file={found[-1].with_name(PROMETHEUS)}"]

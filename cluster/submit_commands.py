@@ -16,7 +16,7 @@ from cluster.files import write_text
 from cluster.preflight import preflight, probe_node
 from cluster.site import Site, check_time, read_site, write_setup
 from cluster.submit import Plan, resolved
-from cluster.terminal import complain, options_from, out
+from cluster.terminal import AsJson, OptionsFile, complain, err, out, show_json
 
 submitting = typer.Typer(
     help="Submit a verb to SLURM. What follows the two arguments goes to the verb as it is.",
@@ -35,12 +35,6 @@ DryRun = Annotated[
 Probe = Annotated[
     bool, typer.Option("--probe", help="Try the site's Python and MPI on a compute node first.")
 ]
-OptionsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", callback=options_from, is_eager=True, help="TOML file with these options."
-    ),
-]
 
 
 @submitting.command("featurize", context_settings=_PASS_ON)
@@ -54,10 +48,11 @@ def submit_featurize(
     after: After = None,
     dry_run: DryRun = False,
     probe: Probe = False,
+    as_json: AsJson = False,
 ) -> None:
     """Featurize on all cores of the nodes, under srun and MPI."""
     words = [resolved(source), str(dataset.absolute()), *context.args]
-    _submit(context, "featurize", dataset, words, site, nodes, time, after, dry_run, probe)
+    _submit(context, "featurize", dataset, words, site, nodes, time, after, dry_run, probe, as_json)
 
 
 @submitting.command("train", context_settings=_PASS_ON)
@@ -74,10 +69,11 @@ def submit_train(
     array: Annotated[
         int | None, typer.Option(help="Train this often instead, into RUN/seed-0, -1, …", min=1)
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train on the nodes; on several, --workers of the training are spread over them."""
     words = [str(dataset.absolute()), str(run.absolute()), *context.args]
-    _submit(context, "train", run, words, site, nodes, time, after, dry_run, probe, array)
+    _submit(context, "train", run, words, site, nodes, time, after, dry_run, probe, as_json, array)
 
 
 @submitting.command("ablate", context_settings=_PASS_ON)
@@ -91,12 +87,13 @@ def submit_ablate(
     after: After = None,
     dry_run: DryRun = False,
     probe: Probe = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a grid on all cores of the nodes, by Ray."""
     if not grid.is_file():
         raise UserError(f"{grid}: no such file", remedy="give the path of a grid file")
     words = [str(grid.absolute()), str(folder.absolute()), *context.args]
-    _submit(context, "ablate", folder, words, site, nodes, time, after, dry_run, probe)
+    _submit(context, "ablate", folder, words, site, nodes, time, after, dry_run, probe, as_json)
 
 
 @submitting.command("all")
@@ -113,6 +110,7 @@ def submit_all(
     features: Annotated[Path | None, typer.Option(help="Configuration of featurize.")] = None,
     training: Annotated[Path | None, typer.Option(help="Configuration of train.")] = None,
     config: OptionsFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Featurize, then train, then ablate: each starts when the one before has succeeded.
 
@@ -132,14 +130,18 @@ def submit_all(
         raise typer.Exit(1)
     if grid is None and not dry_run:
         write_text(plan, f'dataset = "dataset"\n\n[training]\ntask = {json.dumps(task)}\n')
+    told = []
     for result, (verb, words) in zip(parts, calls.items(), strict=True):
         found = Plan(verb, result, tuple(words), sites[verb], nodes, time, after)
-        out.print(found.shown(), soft_wrap=True, highlight=False)
-        if dry_run:
-            after = f"JOB-OF-{verb}"
-            continue
-        after = found.submit()
-        out.print(f"{verb}: job {after}", highlight=False)
+        if not as_json:
+            out.print(found.shown(), soft_wrap=True, highlight=False)
+        after = f"JOB-OF-{verb}" if dry_run else found.submit()
+        told.append(_as_dict(found, None if dry_run else after))
+        if not as_json and not dry_run:
+            out.print(f"{verb}: job {after}", highlight=False)
+    if as_json:
+        show_json(told)
+        return
     out.print(f"xtal jobs {shlex.quote(str(run))} shows them", soft_wrap=True, highlight=False)
 
 
@@ -154,6 +156,7 @@ def _submit(
     after: str | None,
     dry_run: bool,
     probe: bool,
+    as_json: bool,
     array: int | None = None,
 ) -> None:
     own = read_site(site_file)[verb]
@@ -168,15 +171,21 @@ def _submit(
     plan = Plan(verb, result, tuple(words), own, nodes, time, after)
     if not _check(own, result, nodes, time, probe):
         raise typer.Exit(1)
-    if array is None:
-        out.print(plan.shown(), soft_wrap=True, highlight=False)
-    else:
-        out.print(f"{array} elements by submitit, each: xtal train {shlex.join(words)} --seed …")
+    shown = f"{array} elements by submitit, each: xtal train {shlex.join(words)} --seed …"
+    if not as_json:
+        out.print(plan.shown() if array is None else shown, soft_wrap=True, highlight=False)
     if dry_run:
-        if after is None and verb != "train":
-            _estimate(verb, words)
+        expected = _estimate(verb, words, as_json) if after is None and verb != "train" else ""
+        if as_json:
+            more = {"expected": json.loads(expected)} if expected else {}
+            show_json(_as_dict(plan, None) | more)
+        elif expected:
+            out.print(expected, soft_wrap=True, highlight=False)
         return
     job = plan.submit() if array is None else plan.submit_array(array)
+    if as_json:
+        show_json(_as_dict(plan, job))
+        return
     out.print(f"{verb}: job {job}; xtal jobs {shlex.quote(str(result))} shows it", soft_wrap=True)
 
 
@@ -189,7 +198,7 @@ def _check(site: Site, result: Path, nodes: int, time: str, probe: bool = False)
     for each in found:
         if each.remedy:
             complain("error" if each.fatal else "warning", f"{each.what}: {each.said}")
-            out.print(f"  remedy: {each.remedy}", soft_wrap=True)
+            err.print(f"  remedy: {each.remedy}", soft_wrap=True)
     return not any(each.fatal for each in found)
 
 
@@ -209,13 +218,19 @@ def _check_words(context: typer.Context, verb: str, words: Sequence[str]) -> Non
         raise UserError(f"xtal {verb}: {error}", remedy=remedy) from None
 
 
-def _estimate(verb: str, words: Sequence[str]) -> None:
-    """What the verb itself expects, on one core."""
+def _estimate(verb: str, words: Sequence[str], as_json: bool) -> str:
+    """What the verb itself says that it expects, on one core."""
     command = [sys.executable, "-m", "xtal", verb, *words, "--dry-run"]
+    command += ["--json"] if as_json else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunFailed(f"xtal {verb} --dry-run: {done.stderr.strip()}", remedy="mend this first")
-    out.print(done.stdout, soft_wrap=True, highlight=False)
+    return done.stdout
+
+
+def _as_dict(plan: Plan, job: str | None) -> dict[str, Any]:
+    """What was submitted; `job` is None if it was not."""
+    return {"verb": plan.verb, "result": plan.result, "job": job, "words": plan.words}
 
 
 def _config(path: Path | None) -> list[str]:

@@ -1,11 +1,12 @@
 """The terminal: bars, tables and messages that stay readable in 80 columns and in a log file."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import unwrap
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -57,9 +58,45 @@ def options_from(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")]
+OptionsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", callback=options_from, is_eager=True, help="TOML file with these options."
+    ),
+]
+
+
+def show_json(result: Any) -> None:
+    """A result on stdout for a program: one JSON document, paths as text."""
+    print(json.dumps(result, indent=1, default=str, allow_nan=False))
+
+
 @contextmanager
 def bar(title: str, total: float | None, *, shown: bool = True) -> Iterator[Any]:
-    """A progress bar; yields a function that takes how much is done."""
+    """Progress: a bar in a terminal, a line now and then in a log file.
+
+    Yields a function that takes how much is done.
+    """
+    if shown and not err.is_terminal:
+        began = said = time.monotonic()
+        at = 0.0
+
+        def line(done: float, **more: Any) -> None:
+            nonlocal said, at
+            at = done
+            if time.monotonic() > said + _LINE_EVERY:
+                said = time.monotonic()
+                say()
+
+        def say() -> None:
+            of = "" if total is None else f" of {total:,g}"
+            took = f"{(time.monotonic() - began) / 60:,.1f} min"
+            err.print(f"{title}: {at:,.4g}{of} in {took}", soft_wrap=True)
+
+        yield line
+        say()
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import typer
 from small import TINY, tiny
 from test_ablation import finished_by_hand, grid_file
 from tiny import broken, contents, document, write_lines
@@ -25,6 +27,7 @@ from featurization.index import build_index
 from featurization.manifest import read_manifest
 from featurization.sources import open_source
 from training import train as training_run
+from training.dataset import load
 
 VERBS = (
     "featurize",
@@ -524,3 +527,78 @@ def test_dry_run_warns_of_what_cannot_be_used(call, crystals):
     code, _, err = dry(call, "cut.jsonl.gz", "out")
     assert code == 0
     assert "warning: cut.jsonl.gz ends early: the gzip data is cut off" in err
+
+
+# --- for other programs --------------------------------------------------------------------------
+
+
+def commands(command, *names):
+    """("ablate", "run") → command, of all that are none but groups."""
+    for name, each in command.commands.items():
+        if hasattr(each, "commands"):
+            yield from commands(each, *names, name)
+        else:
+            yield (*names, name), each
+
+
+def test_each_command_can_answer_in_json():
+    found = dict(commands(typer.main.get_command(xtal.app)))
+    assert len(found) > 18
+    without = [n for n, c in found.items() if all("--json" not in p.opts for p in c.params)]
+    assert without == []
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("featurize prototypes:14 out --selection miller:1", "content_hash"),
+        ("featurize prototypes:14 out --selection miller:1 --dry-run", "expected"),
+        ("inspect DATASET", "structures"),
+        ("inspect DATASET ID", "reflections"),
+        ("verify DATASET", "ok"),
+        ("train DATASET run --task crystal_system --model majority", "metrics"),
+        ("evaluate RUN", "metrics"),
+        ("predict RUN prototypes:14 --out t.csv", "predicted"),
+        ("report RUN", "report"),
+        ("watch RUN --once", "done"),
+        ("ablate GRID --dry-run", "expected"),
+    ],
+)
+def test_json_is_alone_on_stdout_and_text_fits_80_columns(
+    finished, dataset, call, words, key, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DATASET").symlink_to(dataset)
+    shutil.copytree(finished[0], tmp_path / "RUN")
+    for_words = {"ID": str(load(dataset).ids[0])}
+    for_words["GRID"] = str(grid_file(tmp_path, dataset=str(dataset), training=TINY))
+    given = [for_words.get(word, word) for word in words.split()]
+    code, text, err = call(*given)
+    assert code == 0, err
+    assert text
+    assert "\x1b" not in text + err
+    assert max(map(len, (text + err).splitlines())) <= 80 or key == "done"
+    for made in ("out", "run"):
+        shutil.rmtree(tmp_path / made, ignore_errors=True)
+    code, said, err = call(*given, "--json")
+    assert code == 0, err
+    assert key in json.loads(said)
+
+
+def test_bash_completes_verbs_and_options(tmp_path):
+    script = tmp_path / "complete.sh"
+    script.write_text(
+        'eval "$(xtal --show-completion bash)"\n'
+        'try() { COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)); _xtal_completion xtal\n'
+        '  echo "${COMPREPLY[@]}"; }\n'
+        "try xtal tr\ntry xtal ablate st\ntry xtal train --ta\n"
+    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", script],
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["train", "status", "--task"]

@@ -1,5 +1,6 @@
 """A grid on real Ray processes: whatever is killed, each trial is there once in the end."""
 
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import pytest
 from small import TINY
 from test_ablation import grid_file
 
+import xtal
 from ablation.grid import read_grid
 from ablation.plan import plan
 from ablation.record import RECORD, Record
@@ -137,7 +139,7 @@ def session_folder(pids):
 
 
 @pytest.mark.slow
-def test_a_killed_grid_ends_with_each_trial_once(dataset, clouds, tmp_path):
+def test_a_killed_grid_ends_with_each_trial_once(dataset, clouds, tmp_path, monkeypatch, capsys):
     path = grid_file(tmp_path, dataset=str(dataset), training=TINY | {"epochs": 40})
     grid, out = read_grid(path), tmp_path / "out"
     planned = plan(grid, read_manifest(dataset)["content_hash"])
@@ -211,6 +213,13 @@ def test_a_killed_grid_ends_with_each_trial_once(dataset, clouds, tmp_path):
     # 4. A finished grid does nothing, and its results are those of a trial on its own.
     whole = record.read_bytes()
     assert run_grid(grid, out) == {"done": 4, "failed": 0, "skipped": 4}
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["xtal", "ablate", str(path), str(out), "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        xtal.main()
+    told = json.loads(capsys.readouterr().out)
+    assert (stopped.value.code or 0, told["done"], told["skipped"]) == (0, 4, 4)
+    assert Path(told["report"]).exists()
     assert record.read_bytes() == whole
     assert not list((out / "fits").iterdir())
     worker = Worker(tmp_path / "alone", 1, 1 << 30)

@@ -638,7 +638,7 @@ def test_broken_dataset_is_said_and_the_page_goes_on(tmp_path):
 
 
 def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"neither .*[\s\S]*grid\.json[\s\S]*history\.csv"):
+    with pytest.raises(UserError, match=r"neither .*[\s\S]*grid\.json[\s\S]*metrics\.json"):
         write_report(tmp_path)
 
 

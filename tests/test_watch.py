@@ -74,7 +74,7 @@ def test_a_chain_is_watched_to_its_end(tmp_path: Path) -> None:
     assert look(tmp_path / "run") == []  # nothing yet, but it will be
     training(tmp_path / "run" / "train", 3, 3, model=True)
     told = watch(tmp_path / "run", 0.01)
-    assert "training" in next(told)
+    assert "training" in next(told)[1]
     shutil.rmtree(jobs_folder(tmp_path / "run" / "dataset"))  # no longer expected
     assert list(told) == []
 

@@ -68,8 +68,10 @@ def test_submit_records_shows_and_cancels(slurm: Machines, place: Path) -> None:
         "miller:2",
     ]
     assert not out.exists()
-    done = slurm.run(*words)
-    job = done.stdout.partition("featurize: job ")[2].partition(";")[0]
+    expected = json.loads(slurm.run(*words, "--dry-run", "--json").stdout)
+    assert (expected["job"], expected["expected"]["expected"]["records"]) == (None, 64)
+    done = slurm.run(*words, "--json")
+    job = json.loads(done.stdout)["job"]
     assert slurm.ended(job) == "COMPLETED", done.stdout
     run(source, place / "alone")
     assert content(out) == content(place / "alone")
@@ -77,6 +79,7 @@ def test_submit_records_shows_and_cancels(slurm: Machines, place: Path) -> None:
     assert (row["job"], row["state"], row["verb"]) == (job, "COMPLETED", "featurize")
     assert "it is set" in Path(row["log"]).read_text()
     assert "none, all have ended" in slurm.run("xtal", "cancel", out).stdout
+    assert json.loads(slurm.run("xtal", "cancel", out, "--json").stdout) == {"cancelled": []}
     assert not list(slurm.shared.rglob("owned"))
     recorded = (out.with_name(out.name + ".jobs") / "jobs.jsonl").read_text()
     assert "provenance" in recorded
