@@ -1,8 +1,8 @@
 """How the report's flat figures look, and how they become SVG and PNG: the same bytes each time.
 
-Colours are those of Okabe & Ito (2008), which keep apart for colour-blind readers, and matplotlib's
-RdBu for signed effects; marks differ in shape, too. Names are drawn letter by letter, never as
-TeX, and letters are outlines, so that a figure looks alike on every machine.
+Colours are those of `training.figures`, and matplotlib's RdBu for signed effects, whose numbers
+stand in their cells; marks differ in shape, too. Names are drawn letter by letter, never as TeX,
+and letters are outlines, so that a figure looks alike on every machine.
 """
 
 import io
@@ -18,9 +18,7 @@ from matplotlib.figure import Figure
 
 matplotlib.use("Agg", force=False)
 
-BLACK, BLUE, VERMILION, GREY = "#000000", "#0072B2", "#D55E00", "#8a8f98"
-COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("solid", "dashed", "dotted", "dashdot")
+BLACK, GREY = "#000000", "#8a8f98"
 WIDTH = 6.2  # inches
 _STYLE: Any = {
     "text.parse_math": False,

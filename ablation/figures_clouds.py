@@ -10,8 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from ablation.figures import VERMILION
 from ablation.report_clouds import ShownCloud
+from training.figures import VERMILION
 
 _DECADES = 4
 """Decades of intensity below the strongest point that colour and size tell apart."""

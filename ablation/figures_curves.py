@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ablation.curves import GRID, mean_roc, reliability
-from ablation.figures import BLACK, BLUE, COLOURS, DASHES, GREY, VERMILION, WIDTH, panels, wrapped
+from ablation.figures import BLACK, GREY, WIDTH, panels, wrapped
 from ablation.report_study import Study
 from ablation.trials import Condition
+from training.figures import BLUE, COLOURS, DASHES, VERMILION
 from training.metrics import ECE_BINS
 
 SHOWN_ROC = 6

@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ablation.figures import BLACK, BLUE, COLOURS, DASHES, GREY, VERMILION, WIDTH, panels, wrapped
+from ablation.figures import BLACK, GREY, WIDTH, panels, wrapped
 from ablation.report_study import Effect, Row, Study
 from ablation.significance import MARGIN
+from training.figures import BLUE, COLOURS, DASHES, VERMILION
 
 SHOWN_FOREST = 45
 """Conditions that a forest plot holds; of more, those of the largest effects are drawn."""

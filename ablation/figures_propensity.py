@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from ablation.figures import BLACK, COLOURS, GREY, panels, wrapped
+from ablation.figures import BLACK, GREY, panels, wrapped
 from ablation.report_study import Row
+from training.figures import COLOURS
 
 SHOWN = 40
 """Prototypes that the picture holds: the first and the last of the ranking."""

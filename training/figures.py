@@ -1,4 +1,9 @@
-"""Figures for TensorBoard."""
+"""Figures for TensorBoard, and the colours of all figures.
+
+Colours are four of Okabe & Ito (2008) and two of Tol (2021): they keep apart for colour-blind
+readers and stand out on white. What they do not tell in a black-and-white print, dashes and marks
+do.
+"""
 
 from typing import Any
 
@@ -10,6 +15,10 @@ from numpy.typing import NDArray
 from training.dataset import Clouds
 
 matplotlib.use("Agg", force=False)
+
+BLUE, VERMILION = "#0072B2", "#D55E00"
+COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#882255", "#332288")
+DASHES = ("solid", "dashed", "dotted", "dashdot")
 
 
 def confusion_figure(counts_CC: NDArray[np.int64], classes: tuple[str, ...]) -> Figure:
@@ -44,12 +53,13 @@ def curves_figure(
         last = np.r_[np.diff(score[order]) != 0, True]  # one point a distinct score
         hits = np.cumsum(positive[order])[last]
         misses = np.cumsum(~positive[order])[last]
-        roc.plot(
-            np.r_[0, misses / (~positive).sum()],
-            np.r_[0, hits / positive.sum()],
-            label=classes[c],
-        )
-        pr.step(hits / positive.sum(), hits / (hits + misses), where="post", label=classes[c])
+        look: Any = {
+            "color": COLOURS[c % len(COLOURS)],
+            "linestyle": DASHES[c % len(DASHES)],
+            "label": classes[c],
+        }
+        roc.plot(np.r_[0, misses / (~positive).sum()], np.r_[0, hits / positive.sum()], **look)
+        pr.step(hits / positive.sum(), hits / (hits + misses), where="post", **look)
     roc.plot([0, 1], [0, 1], color="0.7", linestyle=":")
     roc.set(xlabel="false positive rate", ylabel="true positive rate")
     pr.set(xlabel="recall", ylabel="precision", ylim=(0, 1.02))
