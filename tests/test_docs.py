@@ -15,7 +15,6 @@ from pathlib import Path
 import h5py
 import nbformat
 import pytest
-from jupyter_client.manager import AsyncKernelManager
 from manual import (
     CHANGES_THE_PROJECT,
     DOCS,
@@ -31,6 +30,7 @@ from manual import (
 from nbclient import NotebookClient
 from PIL import ImageChops, ImageStat
 from tiny import ROOT, process
+from traitlets.config import Config
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MOST_NOT_RUN = 8  # those that need the network
@@ -248,9 +248,10 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path) -> No
     notebook = nbformat.read(DOCS / "tour.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell for cell in cells if cell.outputs or cell.execution_count] == []
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
+    # Sockets of the file system: those of TCP are open to all users of the machine.
+    sockets = Config({"KernelManager": {"transport": "ipc", "ip": str(tmp_path / "kernel")}})
     here = {"metadata": {"path": str(tmp_path)}}
-    client = NotebookClient(notebook, km=kernel, timeout=600, resources=here)
+    client = NotebookClient(notebook, config=sockets, timeout=600, resources=here)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         client.execute()
