@@ -662,8 +662,12 @@ def test_an_audit_of_a_split_whose_training_is_empty_finds_nothing():
     assert radial_profiles(dark).shape == (2, 1)
 
 
+# NumPy drops a NUL at the end of a text; no formula has one.
+WRITTEN = st.text(st.characters(exclude_characters="\0"), max_size=3)
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.text(max_size=3), min_size=1, max_size=60))
+@given(st.lists(WRITTEN, min_size=1, max_size=60))
 def test_a_split_by_group_shares_none_and_one_by_crystal_does(groups):
     assert shared_groups(groups, split_of(groups, 0.3, 0.3).tolist()) == []
     sides = ["train", "test"] * len(groups)
