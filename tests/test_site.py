@@ -128,8 +128,9 @@ def test_without_slurm_the_remedy_is_said(
     site = str(SITES[0])
     words = ["submit", "featurize", "prototypes:9", tmp_path / "out", "--site", site]
     assert command(monkeypatch, *words) == 1
-    assert "there is no scontrol here" in (said := capsys.readouterr()).err
-    assert "login node" in said.out
+    said = capsys.readouterr().err
+    assert "there is no scontrol here" in said
+    assert "login node" in said
     assert command(monkeypatch, *words, "--bogus") == 2
     assert "No such option: --bogus" in capsys.readouterr().err
     assert command(monkeypatch, "jobs", tmp_path / "out") == 2
