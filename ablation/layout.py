@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ablation.claim import CLAIM
 from ablation.grid import GridConfig
 from ablation.perturbations import ARMS, describe
 from ablation.plan import Trial, plan
@@ -91,10 +92,16 @@ def begin(out: Path, grid: GridConfig, manifest: dict[str, Any], data: CloudSet)
 
 
 def refuse_strangers(out: Path) -> None:
-    """Raise `UserError` if `out` is something else than a grid's folder or a new one."""
+    """Raise `UserError` if `out` is something else than a grid's folder or a new one.
+
+    A driver that died before it wrote `grid.json` leaves what `begin` and its claim had written.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file", remedy="give the path of a new folder")
-    if out.exists() and any(out.iterdir()) and not (out / GRID).exists():
+    if not out.exists() or (out / GRID).exists():
+        return
+    begun = (CLAIM, "test-*.parquet", ".*.tmp")
+    if not all(any(map(path.match, begun)) for path in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no grid", remedy="give a new folder")
 
 

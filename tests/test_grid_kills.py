@@ -227,3 +227,31 @@ def test_a_killed_grid_ends_with_each_trial_once(dataset, clouds, tmp_path, monk
     (found_row,) = [row for row in rows if row["trial"] == victim.id]
     for name in METRICS:  # threads differ between machines, hence no equality
         assert found_row[name] == pytest.approx(reference.row[name], abs=5e-3), name
+
+
+KILLED_AT = """
+import os, signal, sys
+import xtal
+from ablation import layout
+
+def end(*words):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(layout, sys.argv.pop(1), end)
+xtal.main()
+"""
+
+
+@pytest.mark.parametrize("where", ["prediction_table", "write_text"])
+def test_a_driver_killed_before_there_is_a_grid_is_no_stranger(dataset, tmp_path, where):
+    training = TINY | {"model": "majority"}
+    path, out = grid_file(tmp_path, dataset=str(dataset), training=training), tmp_path / "out"
+    words = [sys.executable, "-c", KILLED_AT, where, "ablate", str(path), str(out)]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    left = {entry.name for entry in out.iterdir()}
+    assert "driver.json" in left
+    assert "grid.json" not in left
+    assert any(name.endswith(".parquet") for name in left) == (where == "write_text")
+    grid = read_grid(path)
+    assert run_grid(grid, out)["failed"] == 0
+    assert {row["status"] for row in pq.read_table(out / "results.parquet").to_pylist()} == {"done"}
