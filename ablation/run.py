@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -131,18 +132,22 @@ class _Driver:
         room = memory.available() // (4 * min(processes, os.cpu_count() or 1))
 
         # Who has started gets a job; one hired on a node that is gone never does.
-        hiring: dict[Any, Any] = {}
+        busy: dict[Any, tuple[Any, Job | None]] = {}  # without a job: it starts
+        numbers = count(1)
 
         def hire() -> None:
-            worker = kind.remote(self._out, threads, room)
-            hiring[worker.__ray_ready__.remote()] = worker
+            named = kind.options(name=f"{self._out.name}: worker {next(numbers)}")
+            worker = named.remote(self._out, threads, room)
+            busy[worker.__ray_ready__.remote()] = worker, None
+
+        def running() -> list[Job]:
+            return [job for _, job in busy.values() if job is not None]
 
         for _ in range(processes):
             hire()
         idle: list[tuple[Any, Group | None]] = []
-        running: dict[Any, tuple[Any, Job]] = {}
         lost = 0  # workers, one after the other, without a job done between
-        while queue or running:
+        while queue or running():
             if self._signals.received:
                 raise Stopped(
                     f"stopped by {self._signals.received}; what is done is recorded",
@@ -153,23 +158,17 @@ class _Driver:
                 if (job := queue.take(last)) is None:
                     waiting.append((worker, last))
                 else:
-                    running[self._start(worker, job)] = worker, job
+                    busy[self._start(worker, job)] = worker, job
             idle = waiting
-            assert running or (hiring and not idle), "jobs wait for each other"
-            ended, _ = ray.wait([*running, *hiring], timeout=0.5)
+            assert running() or (busy and not idle), "jobs wait for each other"
+            ended, _ = ray.wait(list(busy), timeout=0.5)
             for reference in ended:
-                job = None
-                if reference in hiring:
-                    worker = hiring.pop(reference)
-                else:
-                    worker, job = running.pop(reference)
-                    queue.ended(job)
+                worker, job = busy.pop(reference)
                 try:
                     answers = ray.get(reference)
                 except ray.exceptions.RayError as error:  # the worker itself is gone
                     lost += 1
-                    worker, there = None, ray.cluster_resources().get("CPU", 0)
-                    if len(idle) + len(running) + len(hiring) < there:
+                    if len(idle) + len(busy) < ray.cluster_resources().get("CPU", 0):
                         hire()
                     if lost > 3 * processes + 10:
                         raise RunFailed(
@@ -177,14 +176,17 @@ class _Driver:
                             remedy="see whether memory or nodes fail; the same command goes on",
                         ) from None
                     answers = Failure(f"{type(error).__name__}: {error}", hopeless=False)
-                if job is not None and isinstance(answers, Failure):
-                    self._failed(queue, job, answers)
-                elif job is not None:
-                    self._done(queue, job, answers)
-                if worker is not None:
-                    lost = 0 if job is not None else lost
+                else:
+                    lost = lost if job is None else 0
                     idle.append((worker, None if job is None else job.group))
-            self._tell([job for _, job in running.values()], processes, queue)
+                if job is None:
+                    continue
+                queue.ended(job)
+                if isinstance(answers, Failure):
+                    self._failed(queue, job, answers)
+                else:
+                    self._done(queue, job, answers)
+            self._tell(running(), processes, queue)
 
     def _jobs(self, todo: list[Trial]) -> list[Job]:
         """One a training, the references first; then one an arm, strength and seed to test."""
@@ -270,8 +272,8 @@ class _Driver:
         if at.seconds_left is not None:
             self._gauges.set({"seconds_left": at.seconds_left})
         for task, arms in at.by_task.items():
-            for arm, count in arms.items():
-                numbers = {f"trials_{name}": number for name, number in asdict(count).items()}
+            for arm, counted in arms.items():
+                numbers = {f"trials_{name}": number for name, number in asdict(counted).items()}
                 self._gauges.set(numbers, task=task, arm=arm)
 
     def _part(self, job: Job) -> float:

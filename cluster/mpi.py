@@ -202,9 +202,8 @@ def ranks() -> Ranks:
     announced = max((int(os.environ.get(name) or 1) for name in _LAUNCHER_SIZES), default=1)
     if not any(name in os.environ for name in _LAUNCHER_SIZES):
         return OneProcess()
-    signal.alarm(
-        _STARTING
-    )  # whose default action ends a process that hangs in the MPI library, too
+    # The default action of its signal ends a process that hangs in the MPI library, too.
+    signal.alarm(_STARTING)
     try:
         from mpi4py import MPI
     except ImportError as error:

@@ -87,18 +87,12 @@ def structures(file: Path) -> Iterator[dict[str, Any]]:
     Raises:
         StreamBroken, Reject: as above.
     """
-    pieces = read_pieces(file)
     if ".jsonl" in file.name:
-        entries = _objects(text for _, text in _lines(file))
+        entries = summaries(file)
     else:
-        entries = _objects(text for key, text in json_elements(pieces) if key == "data")
+        elements = json_elements(read_pieces(file))
+        entries = _objects(text for key, text in elements if key == "data")
     return (entry for entry in entries if entry.get("type") == "structures")
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    source = open_source(str(file))
-    assert isinstance(source, Stream)
-    return source.stream()
 
 
 def _objects(texts: Iterable[bytes]) -> Iterator[dict[str, Any]]:

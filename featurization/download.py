@@ -2,20 +2,19 @@
 
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from cluster.errors import RunFailed
 from featurization import web
 from featurization.addresses import host_of
-from featurization.web import AGAIN, CUT, Refused, Web, reason_of, too_large
+from featurization.web import AGAIN, CUT, Progress, Refused, Web, reason_of, too_large
 
 # Larger than any published archive, B.
 MAX_FILE = 4 << 30
 _PIECE = 1 << 20
 
 
-def download(session: Web, url: str, path: Path, progress: Callable[[int, int], None]) -> None:
+def download(session: Web, url: str, path: Path, progress: Progress) -> None:
     """The bytes at an address, after those that `path` has of them already.
 
     Progress is told as (bytes there, bytes in all or 0). What `path` then holds must be checked:
@@ -40,9 +39,7 @@ def download(session: Web, url: str, path: Path, progress: Callable[[int, int], 
         time.sleep(web.PAUSE * 2 ** (failures - 1))
 
 
-def _some(
-    session: Web, url: str, path: Path, before: int, progress: Callable[[int, int], None]
-) -> bool:
+def _some(session: Web, url: str, path: Path, before: int, progress: Progress) -> bool:
     """Get what is missing of a file; False if it is still not whole."""
     headers = {"accept-encoding": "identity"}
     if before:

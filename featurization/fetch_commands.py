@@ -1,6 +1,5 @@
 """`xtal fetch`: crystals from databases, with a record of what they are and where from."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.errors import UserError
-from cluster.terminal import bar, err, options_from, out, summary
+from cluster.terminal import AsJson, OptionsFile, bar, err, out, show_json, summary
 from featurization.addresses import checked_url
 
 fetching = typer.Typer(
@@ -39,13 +38,6 @@ Mirror = Annotated[
 Restart = Annotated[
     bool, typer.Option("--restart", help="Give up what an unfinished command has fetched.")
 ]
-OptionsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", callback=options_from, is_eager=True, help="TOML file with these options."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON only.")]
 
 
 @fetching.command("mp")
@@ -219,7 +211,7 @@ def _progress(update: Callable[..., None]) -> Callable[[int, int], None]:
 
 def _show(path: Path, record: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(record, indent=1))
+        show_json(record)
         return
     names = ("source", "provider", "database_version", "documents", "structures", "bytes")
     rows = {name.replace("_", " "): record[name] for name in names if name in record}

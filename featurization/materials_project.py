@@ -21,7 +21,7 @@ from featurization.addresses import checked_url, host_of, plain
 from featurization.crystal import ATTRIBUTION
 from featurization.documents import document_id
 from featurization.snapshot import Snapshot, checked_name, fetched
-from featurization.web import KeyRefused, Say, Web
+from featurization.web import KeyRefused, Progress, Say, Web
 
 ENDPOINT = "https://api.materialsproject.org/"
 # What `documents.crystal_from_document` and the tasks read.
@@ -47,8 +47,6 @@ CHUNK = 250
 _LISTINGS = 3
 _KEY_LENGTH = 32
 _WHERE = "your key stands at https://next-gen.materialsproject.org/api when you are logged in"
-
-Progress = Callable[[int, int], None]
 
 
 def fetch(

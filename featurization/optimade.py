@@ -2,7 +2,6 @@
 
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,13 @@ from cluster.errors import RunFailed, UserError
 from featurization.addresses import checked_url, host_of, next_url, plain
 from featurization.optimade_structures import LABELS, STRUCTURE, document_of
 from featurization.snapshot import Snapshot, checked_name, clear, fetched
-from featurization.web import Refused, Say, Web
+from featurization.web import Progress, Refused, Say, Web
 
 # Entries a page that we ask for; servers that allow fewer refuse with 403.
 PAGE = 100
 # The longest pause between pages, s, that a server can suggest.
 _MAX_DELAY = 60.0
 _LANGUAGE = 'filters read like elements HAS ALL "Si","O" AND nelements=2; see optimade.org'
-
-Progress = Callable[[int, int], None]
 
 
 def fetch(

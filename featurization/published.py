@@ -7,7 +7,6 @@ and MD5, and the SHA-256 is that of the file with both.
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from featurization.addresses import checked_url
 from featurization.crystal import ATTRIBUTION
 from featurization.download import download
 from featurization.snapshot import Snapshot, clear, fetched
-from featurization.web import Say, Web
+from featurization.web import Progress, Say, Web
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ def fetch(
     by_hand: Path | None = None,
     restart: bool = False,
     say: Say,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> tuple[Path, dict[str, Any]]:
     """Put an archive into a folder, under its published name; returns its path and record.
 

@@ -34,6 +34,7 @@ _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 AGAIN = "give the same command again: it goes on with what is missing"
 
 Say = Callable[[str], None]
+Progress = Callable[[int, int], None]  # how much is there, of how much; 0 where nobody knows
 
 
 class KeyRefused(Exception):

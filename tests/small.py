@@ -1,5 +1,7 @@
 """Small sets of clouds and settings for the tests of training and ablation."""
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,12 @@ TINY: dict[str, Any] = {
 
 def tiny(**changes: Any) -> TrainingConfig:
     return TrainingConfig(**(TINY | changes))
+
+
+def epochs_of(run: Path) -> list[dict[str, float]]:
+    """The history of a training."""
+    with (run / "history.csv").open() as stream:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
 
 
 def random_set(seed: int, lengths: list[int], *, origin: bool = True) -> CloudSet:

@@ -1,6 +1,5 @@
 """A training on the nodes of a job: one of them is lost, the workers that are left go on."""
 
-import csv
 import json
 import os
 import secrets
@@ -11,17 +10,15 @@ import time
 
 import psutil
 import pytest
-from small import TINY
+from small import TINY, epochs_of
 
 from training.loop import CHECKPOINT, MODEL
-
-NODE = (sys.executable, "-m", "cluster.ray_node")
 
 
 def start_node(token, *words):
     """One core's Ray; its process and what it says of itself."""
     node = subprocess.Popen(
-        [*NODE, *words],
+        [sys.executable, "-m", "cluster.ray_node", *words],
         env=os.environ | {"SLURM_CPUS_ON_NODE": "1", "SLURM_MEM_PER_NODE": "1024"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -40,11 +37,6 @@ def kill(node):
     node.wait()
     node.stdout.close()
     node.stdin.close()
-
-
-def epochs_of(run):
-    with (run / "history.csv").open() as stream:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 import requests
 from databases import KEY, Answer, archive, entry, materials, materials_project, optimade, serving
 from pymatgen.core import Lattice, Structure
-from tiny import ROOT, command, document, write_lines
+from tiny import ROOT, command, document, forked, write_lines
 
 from cluster.errors import RunFailed, UserError
 from featurization import by_hand, published, web
@@ -638,19 +637,6 @@ def test_a_server_that_stalls_is_asked_again(monkeypatch):
 # --- kills ---------------------------------------------------------------------------------------
 
 
-def in_a_child(work: Callable[[], Any]) -> int:
-    """The id of a process, forked from this one, that does `work` and nothing else."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-
 def fetchers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Kind → its server's answers, the file's name, what fetches it from an address."""
     monkeypatch.setenv("MP_API_KEY", KEY)
@@ -708,7 +694,7 @@ def test_killed_at_any_step_nothing_is_lost_or_doubled(
                 sys.addaudithook(hook)
                 work(url, out)
 
-            child = in_a_child(lambda: die_at_the_step(server.url))
+            child = forked(lambda: die_at_the_step(server.url))
             _, status = os.waitpid(child, 0)
             if os.WIFEXITED(status):
                 assert os.WEXITSTATUS(status) == 0
@@ -733,7 +719,7 @@ def test_a_later_command_asks_only_for_what_is_missing(project, kind, tmp_path, 
         asked = len(server.asked)
         journal = tmp_path / "out" / f"{name}.partial" / "journal"
         server.pause = 0.05
-        child = in_a_child(lambda: work(server.url, tmp_path / "out"))
+        child = forked(lambda: work(server.url, tmp_path / "out"))
         while not journal.exists() or journal.read_bytes().count(b"\n") < 4:  # three chunks
             time.sleep(0.01)
         os.kill(child, signal.SIGKILL)

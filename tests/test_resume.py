@@ -26,7 +26,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_mpi import MPIEXEC, Threads, needs_mpi
-from tiny import ROOT, SMALL, broken, contents, document, process, run, write_lines
+from tiny import ROOT, SMALL, broken, contents, document, forked, process, run, write_lines
 
 from cluster.errors import RunFailed, UserError
 from cluster.mpi import OneProcess, Ranks
@@ -100,15 +100,7 @@ def full(name: str, argument: Any) -> None:
 
 def in_child(work: Callable[[], object]) -> int:
     """Exit code of a forked process; 0 if it comes to its end."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1])
 
 
 def core(out: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The loop: exact resumption after any interruption, what is saved, and several workers."""
 
-import csv
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
-from small import tiny
+from small import epochs_of, tiny
 
 from cluster.errors import Stopped, UserError
 from training import checkpoint, distributed, loop
@@ -317,8 +316,7 @@ def test_predictions_do_not_depend_on_the_batch_size_and_keep_the_order(clouds, 
 def test_the_best_epoch_is_kept_and_the_rate_falls_to_zero(clouds, tmp_path):
     config = tiny(epochs=8, learning_rate=2e-2)
     run(tmp_path, clouds, config)
-    with (tmp_path / "history.csv").open() as stream:
-        history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+    history = epochs_of(tmp_path)
     assert [row["epoch"] for row in history] == list(range(8))
     best = max(history, key=lambda row: (row["validation_auroc"], -row["validation_loss"]))
     trained = load_members(tmp_path, config)
@@ -429,11 +427,6 @@ def test_shares_of_a_batch_add_up_to_its_gradient(clouds, size):
     for tensor, *pieces in zip(alone, *shares, strict=True):
         assert torch.allclose(sum(pieces), tensor, rtol=1e-4, atol=1e-6)
     assert alone[-1] > 0  # the loss
-
-
-def epochs_of(folder):
-    with (folder / "history.csv").open() as stream:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
 
 
 SHARED = tiny(batch_size=19, epochs=3, workers=2, checkpoint_steps=1)

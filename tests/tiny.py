@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,19 @@ from featurization.featurize import featurize
 ROOT = Path(__file__).parents[1]
 # 63 points a crystal: enough for the bookkeeping, nothing to wait for.
 SMALL = FeaturizationConfig(selection="miller:2")
+
+
+def forked(work: Callable[[], object]) -> int:
+    """The id of a process, forked from this one, that does `work` and nothing else."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
 
 
 def document(id: Any, a: float = 4.0, elements: tuple[str, str] = ("Cs", "Cl"), **more: Any) -> Any:
