@@ -229,12 +229,8 @@ class Machines:
         return {key: value for key, _, value in pairs}
 
     def requeued(self, job: str) -> None:
-        """Wait until a job has been put back into the queue."""
-        self.until(
-            lambda: (at := self.job(job))["Restarts"] == "1" and at["JobState"] == "PENDING",
-            f"job {job} is requeued",
-            120,
-        )
+        """Wait until a job has been put back into the queue; it may run again by then."""
+        self.until(lambda: self.job(job)["Restarts"] == "1", f"job {job} is requeued", 120)
 
     def ended(self, job: str, seconds: float = 300) -> str:
         """Wait for the end of a job; its state."""
