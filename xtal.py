@@ -290,10 +290,14 @@ def train(
     workers: Annotated[int | None, typer.Option(help="Processes that share each batch.")] = None,
     config: ConfigFile = None,
     resume: Annotated[bool, typer.Option(help="Go on from RUN's checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Time a few steps, say what all take, and stop.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a classifier on a dataset and evaluate it on the held-out test crystals."""
     from training.config import TrainingConfig
+    from training.timing import expect
     from training.train import questions_of
     from training.train import train as run_training
 
@@ -310,6 +314,13 @@ def train(
     if task == "all":
         flags["task"], *flags["also"] = questions_of(dataset)
     settings = _settings(TrainingConfig, config, flags)
+    if dry_run:
+        expected = expect(dataset, settings)
+        if as_json:
+            show_json(expected)
+        else:
+            summary("what to expect; nothing was trained", expected)
+        return
     total = settings.members * settings.passes
     with bar(settings.question.question, total, shown=not as_json) as update:
         answer = run_training(
@@ -417,6 +428,10 @@ def ablate(
         bool,
         typer.Option("--dry-run", help="Time a training of each model, say what all take, stop."),
     ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(help="2/8 runs the second eighth alone; a later call without it gathers."),
+    ] = None,
     config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -425,6 +440,7 @@ def ablate(
     A report and its tables come at the end; no trial is stopped early, however hopeless.
     """
     from ablation.grid import read_grid
+    from ablation.parts import Part
     from ablation.report import write_report
     from ablation.run import run_grid
     from ablation.status import live
@@ -435,9 +451,11 @@ def ablate(
         return
     if folder is None:
         raise UserError("OUT is not given", remedy=f"xtal ablate {grid} OUT")
+    own = None if part is None else Part.parse(part)
     with live() as update:
-        counts = run_grid(settings, folder, progress=update)
-    page = None if counts["failed"] else write_report(folder, dataset=Path(settings.dataset))
+        counts = run_grid(settings, folder, progress=update, part=own)
+    whole = own is None and not counts["failed"]
+    page = write_report(folder, dataset=Path(settings.dataset)) if whole else None
     if as_json:
         show_json(dict(counts) | {"report": page})
     else:
@@ -447,7 +465,7 @@ def ablate(
             f"{counts['failed']} trials failed",
             remedy=f"xtal ablate status {folder} shows why; run again to retry them",
         )
-    if not as_json:
+    if page is not None and not as_json:
         out.print(f"report: {page}", soft_wrap=True)
 
 

@@ -77,11 +77,22 @@ class Claim:
 
 
 def read_claim(out: Path) -> dict[str, Any] | None:
-    """What the driver at work in a folder last said; None if there is none."""
+    """What the driver at work in a folder last said; None if there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     try:
-        claim: dict[str, Any] = json.loads((out / CLAIM).read_text(encoding="utf-8"))
+        claim = json.loads((out / CLAIM).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError:
+        claim = None
+    if not isinstance(claim, dict) or not {"token", "host", "place", "pid"} <= claim.keys():
+        raise UserError(
+            f"{out / CLAIM} is damaged: it does not say which driver is at work",
+            remedy="see that none is, then remove the file",
+        )
     return claim
 
 

@@ -1,7 +1,5 @@
 """What a grid takes, from a timed part of one training of each model on its own dataset."""
 
-import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +10,15 @@ import torch
 from ablation.grid import REFERENCE, GridConfig
 from ablation.plan import Trial, fits_of, plan
 from ablation.record import Record
-from ablation.status import duration
 from cluster import memory
 from cluster.ray_session import cards, cores
+from cluster.terminal import duration
 from featurization.manifest import read_manifest
-from training.config import ModelName, TrainingConfig
-from training.dataset import CloudSet, load
-from training.ensemble import kinds, prepare
-from training.loop import fit
-from training.models.boosted import Boosted
-from training.models.build import is_boosted
-from training.peers import Alone
+from training.config import ModelName
+from training.dataset import load
 from training.split import Parts
+from training.timing import Timed, timed_training
 
-_STEPS = (3, 15)  # a network is timed between these steps
-_TREES = (5, 25)  # and trees between these numbers of rounds
-_FORWARD = 1 / 3  # of a step's time, for a crystal that is only answered
 _LINE = 900  # bytes of a trial in record.jsonl and the Parquet tables, at most
 _FILES = 10  # of a grid, and two more a task
 _FILES_AT_WORK = 4  # of a training at work
@@ -39,15 +30,6 @@ class Forecast:
 
     counts: dict[str, dict[str, int]]  # "task", "model", "arm", "mode" → value → trials
     rows: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Timed:
-    """Seconds of a training, and of an answer to the test crystals."""
-
-    once: float  # clouds, inputs
-    training: float
-    test: float
 
 
 def forecast(grid: GridConfig, out: Path | None) -> Forecast:
@@ -70,7 +52,10 @@ def forecast(grid: GridConfig, out: Path | None) -> Forecast:
     threads, before = torch.get_num_threads(), memory.resident()
     torch.set_num_threads(max(1, cores() // processes))
     try:
-        timed = {m: _time(data, grid.training_of(task, m, 0), parts[task]) for m in grid.all_models}
+        timed = {
+            m: timed_training(data, grid.training_of(task, m, 0), parts[task])
+            for m in grid.all_models
+        }
     finally:
         torch.set_num_threads(threads)
     seconds = _seconds(todo, timed, {t: len(p.rows["train"]) for t, p in parts.items()}, task)
@@ -105,7 +90,7 @@ def forecast(grid: GridConfig, out: Path | None) -> Forecast:
 
 
 def _seconds(
-    todo: list[Trial], timed: dict[ModelName, _Timed], sizes: dict[Any, int], task: Any
+    todo: list[Trial], timed: dict[ModelName, Timed], sizes: dict[Any, int], task: Any
 ) -> float:
     """Of one process; clouds and inputs are shared by the tasks of an arm and seed."""
     total, seen = 0.0, set()
@@ -115,56 +100,6 @@ def _seconds(
         seen.add((one.arm, one.strength, one.training.seed, one.training.model))
     total += sum(timed[model].once for *_, model in seen)
     return total + sum(timed[t.training.model].test for t in todo)
-
-
-def _time(data: CloudSet, config: TrainingConfig, parts: Parts) -> _Timed:
-    each = [_time_one(data, config.model_copy(update={"model": k}), parts) for k in kinds(config)]
-    return _Timed(*(sum(getattr(one, name) for one in each) for name in _Timed.__slots__))
-
-
-def _time_one(data: CloudSet, config: TrainingConfig, parts: Parts) -> _Timed:
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name:
-        seen = prepare(config, data, parts.rows["train"], Alone(), Path(name))
-        once = time.perf_counter() - start
-        if is_boosted(config.model):
-            training = _time_trees(seen.inputs, config, parts)
-            return _Timed(
-                once, config.members * training, once * len(parts.rows["test"]) / len(data)
-            )
-        marks: list[float] = []
-        short = config.model_copy(
-            update={"members": 1, "batch_size": min(config.batch_size, len(parts.rows["train"]))}
-        )
-        fit(
-            Path(name) / "run",
-            data,
-            short,
-            identity={},
-            inputs=seen.inputs,
-            units=seen.units,
-            progress=lambda at: marks.append(time.perf_counter()),
-            stop_after=_STEPS[1],
-        )
-    first = min(_STEPS[0], len(marks) - 1)
-    step = (marks[-1] - marks[first - 1]) / max(1, len(marks) - first)
-    crystals = config.epochs * (len(parts.rows["train"]) + _FORWARD * len(parts.rows["validation"]))
-    training = config.members * step * crystals / config.batch_size
-    test = config.members * step * _FORWARD * len(parts.rows["test"]) / config.batch_size
-    return _Timed(once, training, test + once * len(parts.rows["test"]) / len(data))
-
-
-def _time_trees(description_NF: Any, config: TrainingConfig, parts: Parts) -> float:
-    """As if no validation loss stopped the boosting early."""
-    rows = parts.rows["train"].numpy(), parts.rows["validation"].numpy()
-    marks = []
-    for trees in _TREES:
-        start = time.perf_counter()
-        few = config.model_copy(update={"trees": trees})
-        Boosted.fitted(description_NF, parts.target_N.numpy(), *rows, few)
-        marks.append(time.perf_counter() - start)
-    tree = max(0.0, marks[1] - marks[0]) / (_TREES[1] - _TREES[0])
-    return marks[0] + tree * config.trees
 
 
 def _counted(planned: list[Trial], key: Any) -> dict[str, int]:

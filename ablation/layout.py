@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ablation.claim import CLAIM
 from ablation.grid import GridConfig
+from ablation.parts import PARTS
 from ablation.perturbations import ARMS, describe
 from ablation.plan import Trial, plan
 from ablation.record import Record
@@ -100,7 +101,7 @@ def refuse_strangers(out: Path) -> None:
         raise UserError(f"{out} is a file", remedy="give the path of a new folder")
     if not out.exists() or (out / GRID).exists():
         return
-    begun = (CLAIM, "test-*.parquet", ".*.tmp")
+    begun = (CLAIM, PARTS, "test-*.parquet", ".*.tmp")
     if not all(any(map(path.match, begun)) for path in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no grid", remedy="give a new folder")
 

@@ -6,7 +6,7 @@ all `test_only` trials of its task, model and seed.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -85,7 +85,7 @@ def plan(grid: GridConfig, dataset_hash: str) -> list[Trial]:
     return found
 
 
-def fits_of(trials: list[Trial]) -> dict[str, Fit]:
+def fits_of(trials: Sequence[Trial]) -> dict[str, Fit]:
     """The trainings behind some trials, by id."""
     return {trial.fit.id: trial.fit for trial in trials}
 

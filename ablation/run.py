@@ -21,6 +21,7 @@ from ablation import layout
 from ablation.claim import Claim, driving
 from ablation.grid import REFERENCE, GridConfig
 from ablation.jobs import Group, Job, Queue
+from ablation.parts import Part, take_up
 from ablation.plan import Fit, Trial, plan
 from ablation.record import Record
 from ablation.status import Standing, standing
@@ -42,12 +43,18 @@ _LOOK = 2.0  # s between looks at how far trainings are
 
 
 def run_grid(
-    grid: GridConfig, out: Path, progress: Callable[[Standing], None] = lambda at: None
+    grid: GridConfig,
+    out: Path,
+    progress: Callable[[Standing], None] = lambda at: None,
+    *,
+    part: Part | None = None,
 ) -> dict[str, int]:
     """Run the trials of a grid that have no result in `out` yet, then write its tables.
 
     Args:
         progress: called a few times a second with how far the grid is.
+        part: run its trials alone, in a folder of `out` of its own, and write no tables; a later
+            call without it takes up what the parts have done, and does what they have not.
 
     `out` gets what `ablation.layout` and `ablation.record` say, `datasets/` of arms that are
     featurized anew, and `fits/` of trainings at work; models of the reference stay there if
@@ -58,7 +65,7 @@ def run_grid(
 
     Raises:
         UserError: no dataset, no usable classes, `out` holds another grid, or another driver is at
-            work there.
+            work there or in one of its parts.
         RunFailed: Ray lost its workers again and again, or another driver has taken over.
         Stopped: by a signal; all that is done is recorded.
     """
@@ -67,18 +74,27 @@ def run_grid(
     planned = plan(grid, manifest["content_hash"])
     layout.refuse_strangers(out)
     data = load(Path(grid.dataset), grid.training.radiation)
-    with driving(out) as claim:
+    place = out
+    if part is not None:
+        before = Record(out)
+        planned = [trial for trial in part.of(planned) if not before.is_done(trial.id)]
+        place = part.folder(out)
+    with driving(place) as claim:
         layout.begin(out, grid, manifest, data)
         del data
-        record = Record.mended(out)
+        record = Record.mended(place)
+        if part is None:
+            take_up(record, out, planned)
         todo = [trial for trial in planned if not record.is_done(trial.id)]
         if todo:
             with StopSignals() as signals:
-                driver = _Driver(grid, out, planned, record, claim, signals, progress)
+                driver = _Driver(grid, place, planned, record, claim, signals, progress)
                 driver.run(todo)
-        done = layout.write_tables(out)
-        if done == len(planned):
-            write_statistics(out, dataset=Path(grid.dataset))
+        done = sum(record.is_done(trial.id) for trial in planned)
+        if part is None:
+            layout.write_tables(out)
+            if done == len(planned):
+                write_statistics(out, dataset=Path(grid.dataset))
     return {"done": done, "failed": len(planned) - done, "skipped": len(planned) - len(todo)}
 
 

@@ -15,9 +15,10 @@ from rich.text import Text
 
 from ablation.claim import CLAIM, read_claim
 from ablation.layout import read_plan
+from ablation.parts import folders
 from ablation.plan import Trial
 from ablation.record import Record
-from cluster.terminal import err, out, summary
+from cluster.terminal import duration, err, out, summary
 
 _LINE_EVERY = 30.0  # s between lines in a log file
 
@@ -79,17 +80,24 @@ def status(out: Path) -> dict[str, Any]:
         UserError: no grid.
     """
     _, planned = read_plan(out)
-    rows = Record(out).rows
-    claim = read_claim(out)
-    driver: dict[str, Any] | None = None
-    if claim is not None:
-        silent = round(max(0.0, time.time() - (out / CLAIM).stat().st_mtime), 1)
-        driver = {name: claim[name] for name in ("host", "pid")} | {"silent_seconds": silent}
+    rows: dict[str, dict[str, Any]] = {}
+    drivers: list[dict[str, Any]] = []
+    running: dict[str, float] = {}
+    processes = 0
+    for place in (*folders(out), out):
+        own = Record(place).rows
+        rows |= {t: row for t, row in own.items() if row["status"] == "done" or t not in rows}
+        if (claim := read_claim(place)) is not None:
+            silent = round(max(0.0, time.time() - (place / CLAIM).stat().st_mtime), 1)
+            driver = {name: claim[name] for name in ("host", "pid")} | {"silent_seconds": silent}
+            drivers.append(driver)
+            running |= dict.fromkeys(claim.get("running", ()), 0.0)
+            processes += claim.get("processes", 0)
     found = standing(
         planned,
         rows,
-        dict.fromkeys((claim or {}).get("running", ()), 0.0),
-        (claim or {}).get("processes", 0),
+        running,
+        processes,
     )
     failures = [rows[t.id] for t in planned if rows.get(t.id, {}).get("status") == "failed"]
     return {
@@ -103,7 +111,7 @@ def status(out: Path) -> dict[str, Any]:
         },
         "running": list(found.running),
         "seconds_left": None if found.seconds_left is None else round(found.seconds_left, 1),
-        "driver": driver,
+        "drivers": drivers,
         "failures": failures,
     }
 
@@ -135,14 +143,13 @@ def show(folder: Path, answer: Mapping[str, Any]) -> None:
     }
     out.print(counts_table(by_task))
     rows = {name: answer[name] for name in ("trials", "done", "failed", "missing")}
-    driver = answer["driver"]
-    if driver is None:
-        rows["driver"] = "none at work"
-    else:
-        rows["driver"] = (
-            f"process {driver['pid']} on {driver['host']}, last sign of life "
-            f"{driver['silent_seconds']:.0f} s ago"
-        )
+    drivers = [
+        f"process {each['pid']} on {each['host']}, last sign of life "
+        f"{each['silent_seconds']:.0f} s ago"
+        for each in answer["drivers"]
+    ]
+    rows["driver"] = "\n".join(drivers) or "none at work"
+    if drivers:
         rows |= {"running": "\n".join(answer["running"]), "left": duration(answer["seconds_left"])}
     summary(f"grid {folder}", rows)
     for row in answer["failures"]:
@@ -168,15 +175,6 @@ def counts_table(by_task: Mapping[str, Mapping[str, Count]]) -> Table:
             cells.append(cell + (f" ✗{count.failed}" if count.failed else ""))
         table.add_row(arm, *cells)
     return table
-
-
-def duration(seconds: float | None) -> str:
-    """Rounded for people."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _count(count: Counter[str]) -> Count:

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import secrets
 import time
 import zlib
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ def replacing(path: Path) -> Iterator[Path]:
     never meets half a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of one number on two nodes may write the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync(temporary)

@@ -1,7 +1,8 @@
 """Jobs of a result: what will be submitted, exactly, and its submission.
 
 Where srun, MPI or Ray own the allocation a template of `slurm/` is the job. Trainings that differ
-in their seed alone are an array of Python callables, by submitit, which this file alone imports.
+in their seed alone, and parts of a grid, are an array of Python callables, by submitit, which this
+file alone imports.
 """
 
 import os
@@ -35,6 +36,7 @@ class Plan:
     nodes: int
     time: str
     after: str | None = None
+    condition: str = "afterok"  # what must have become of `after`
     stamp: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f"))
 
     @property
@@ -51,7 +53,7 @@ class Plan:
         found += [*self.site.sbatch_options(self.verb), f"--output={_literally(self.log)}"]
         if self.after is not None:
             # A job whose condition can never be met would wait for ever.
-            found += [f"--dependency=afterok:{self.after}", "--kill-on-invalid-dep=yes"]
+            found += [f"--dependency={self._dependency()}", "--kill-on-invalid-dep=yes"]
         return [*found, str(TEMPLATES / f"{self.verb}.sbatch"), *self.words]
 
     def shown(self) -> str:
@@ -74,8 +76,19 @@ class Plan:
         self._record(job, self.log)
         return job
 
-    def submit_array(self, elements: int) -> str:
-        """Submit trainings with the seeds 0 … `elements` − 1 as an array; its number.
+    def elements(self, count: int) -> list[tuple[str, ...]]:
+        """Words of the verb for each element of an array, which has one node.
+
+        Trainings have the seeds 0 … `count` − 1, a grid has so many parts.
+        """
+        if self.verb == "ablate":
+            return [(*self.words, "--part", f"{n}/{count}") for n in range(1, count + 1)]
+        dataset, run, *rest = self.words
+        seeds = range(count)
+        return [(dataset, f"{run}/seed-{n}", *rest, "--seed", f"{n}", "--resume") for n in seeds]
+
+    def submit_array(self, count: int) -> str:
+        """Submit its `elements` as an array; its number.
 
         Raises:
             UserError: SLURM refuses it.
@@ -85,24 +98,20 @@ class Plan:
         self.jobs.mkdir(parents=True, exist_ok=True)
         self.jobs.chmod(0o700)  # submitit keeps the callables in it
         executor = submitit.SlurmExecutor(folder=self.jobs / "%j", max_num_timeout=_TIMEOUTS)
-        options = dict(_split(word) for word in self.site.sbatch_options("train"))
+        options = dict(_split(word) for word in self.site.sbatch_options(self.verb))
         options.pop("signal")  # submitit sets its own
-        options |= {"dependency": f"afterok:{self.after}"} if self.after else {}
+        options |= {"dependency": self._dependency()} if self.after else {}
         executor.update_parameters(
-            job_name="xtal-train",
-            nodes=self.nodes,
+            job_name=f"xtal-{self.verb}",
+            nodes=1,
             time=max(1, round(seconds_of(check_time(self.time)) / 60)),
             ntasks_per_node=int(options.pop("ntasks_per_node")),
             cpus_per_task=int(options.pop("cpus_per_task")),
-            array_parallelism=elements,
+            array_parallelism=count,
             setup=list(self.site.setup),
             additional_parameters=options,
         )
-        dataset, run, *rest = self.words
-        chunks = []
-        for seed in range(elements):
-            own = (dataset, f"{run}/seed-{seed}", *rest, "--seed", str(seed), "--resume")
-            chunks.append(Element(("train", *own)))
+        chunks = [Element((self.verb, *words)) for words in self.elements(count)]
         try:
             jobs = executor.map_array(run_element, chunks)
         except submitit.core.utils.FailedJobError as error:
@@ -112,6 +121,9 @@ class Plan:
         job = jobs[0].job_id.partition("_")[0]
         self._record(job, self.jobs / f"{job}_0" / f"{job}_0_0_log.out")
         return str(job)
+
+    def _dependency(self) -> str:
+        return f"{self.condition}:{self.after}"
 
     def _record(self, job: str, log: Path) -> None:
         row: dict[str, Any] = {

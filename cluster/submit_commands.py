@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,13 +88,23 @@ def submit_ablate(
     after: After = None,
     dry_run: DryRun = False,
     probe: Probe = False,
+    array: Annotated[
+        int | None,
+        typer.Option(help="Run so many parts of it first, each a job of one node.", min=1),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a grid on all cores of the nodes, by Ray."""
+    """Run a grid on all cores of the nodes, by Ray.
+
+    With --array its parts are jobs of their own, which start wherever a node is free; the last job
+    gathers what they did, does what they did not, and writes the report.
+    """
     if not grid.is_file():
         raise UserError(f"{grid}: no such file", remedy="give the path of a grid file")
     words = [str(grid.absolute()), str(folder.absolute()), *context.args]
-    _submit(context, "ablate", folder, words, site, nodes, time, after, dry_run, probe, as_json)
+    _submit(
+        context, "ablate", folder, words, site, nodes, time, after, dry_run, probe, as_json, array
+    )
 
 
 @submitting.command("all")
@@ -164,6 +175,11 @@ def _submit(
     result = result.absolute()
     if after is not None and not after.replace("_", "").isdigit():
         raise UserError(f"--after {after}", remedy="give the number of a job")
+    if verb == "train" and array is not None and nodes > 1:
+        raise UserError(
+            f"--array with --nodes {nodes}: an element has one node",
+            remedy="leave out one of the two",
+        )
     words = list(words)
     if verb == "train" and nodes > 1 and "--workers" not in words:
         words += ["--workers", str(nodes * max(1, own.gpus_per_node))]
@@ -171,20 +187,35 @@ def _submit(
     plan = Plan(verb, result, tuple(words), own, nodes, time, after)
     if not _check(own, result, nodes, time, probe):
         raise typer.Exit(1)
-    shown = f"{array} elements by submitit, each: xtal train {shlex.join(words)} --seed …"
+    shown = []
+    if array is not None:
+        first = shlex.join([verb, *plan.elements(array)[0]])
+        shown = [f"{array} elements by submitit, the first: xtal {first}"]
+    if array is None or verb == "ablate":
+        shown += ["then:"] if shown else []
+        shown += [plan.shown()]
     if not as_json:
-        out.print(plan.shown() if array is None else shown, soft_wrap=True, highlight=False)
+        out.print("\n".join(shown), soft_wrap=True, highlight=False)
     if dry_run:
-        expected = _estimate(verb, words, as_json) if after is None and verb != "train" else ""
+        expected = _estimate(verb, words, as_json) if after is None else ""
         if as_json:
             more = {"expected": json.loads(expected)} if expected else {}
             show_json(_as_dict(plan, None) | more)
         elif expected:
             out.print(expected, soft_wrap=True, highlight=False)
         return
-    job = plan.submit() if array is None else plan.submit_array(array)
+    told = {}
+    if array is not None:
+        job = plan.submit_array(array)
+        if verb == "ablate":
+            told["array"] = job
+            if not as_json:
+                out.print(f"parts: job {job}", highlight=False)
+            job = replace(plan, after=job, condition="afterany").submit()
+    else:
+        job = plan.submit()
     if as_json:
-        show_json(_as_dict(plan, job))
+        show_json(_as_dict(plan, job) | told)
         return
     out.print(f"{verb}: job {job}; xtal jobs {shlex.quote(str(result))} shows it", soft_wrap=True)
 

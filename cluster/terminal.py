@@ -156,3 +156,12 @@ def summary(title: str, rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, f"{value:,}" if type(value) is int else str(value))
     out.print(table)
+
+
+def duration(seconds: float | None) -> str:
+    """Rounded for people."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -29,7 +29,7 @@ BLOCK = 64
 DAMAGED = "damaged"  # folder for shards that were set aside
 _OUR_FILES = {"shards", "manifest.json", COPY, "rejects.csv", "dataset.h5"}
 _OUR_FOLDERS = {journal.FOLDER, logs.FOLDER, DAMAGED}
-_OUR_SHARDS = re.compile(r"\.?shard-[\d-]+\.h5(\.\d+\.tmp)?$")
+_OUR_SHARDS = re.compile(r"\.?shard-[\d-]+\.h5(\.\d+-[\da-f]+\.tmp)?$")
 _KNOWN = "known.bin"
 
 

@@ -20,10 +20,11 @@ from ablation.jobs import Job, Queue
 from ablation.plan import fits_of, plan
 from ablation.record import PREDICTIONS, RECORD, Record
 from ablation.run import run_grid
-from ablation.status import duration, standing, status
+from ablation.status import standing, status
 from ablation.variants import Source, Variants
 from ablation.worker import Shared, Worker, _Kept
 from cluster.errors import RunFailed, UserError
+from cluster.terminal import duration
 from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
 from training.dataset import load

@@ -348,6 +348,26 @@ def test_dry_run_of_a_grid_counts_and_writes_nothing(call, dataset, tmp_path):
     assert "OUT is not given" in err
 
 
+def test_dry_run_of_a_training_says_what_it_takes_and_writes_nothing(call, dataset, tmp_path):
+    words = ["train", dataset, tmp_path / "run", "--task", "crystal_system", "--dry-run"]
+    took = {}
+    for epochs in (4, 4000):
+        code, out, _ = call(*words, "--epochs", epochs)
+        assert code == 0
+        assert "nothing was trained" in out
+        assert max(map(len, out.splitlines())) <= 80
+        code, out, _ = call(*words, "--epochs", epochs, "--json")
+        found = json.loads(out)
+        assert set(found) == {"crystals", "time", "memory"}
+        amount, unit = found["time"].split()[:2]
+        took[epochs] = float(amount) * {"s": 1, "min": 60, "h": 3600}[unit]
+    assert took[4000] > 10 * took[4]
+    assert not (tmp_path / "run").exists()
+    assert call(*words, "--model", "boosted", "--workers", 2)[0] == 0
+    words[4] = "band_gap"
+    assert call(*words)[0] == 2
+
+
 def test_the_status_of_a_grid(call, dataset, tmp_path):
     grid = GridConfig(
         dataset=str(dataset),
@@ -362,7 +382,7 @@ def test_the_status_of_a_grid(call, dataset, tmp_path):
     assert code == 0
     counts = {"planned": 2, "done": 2, "failed": 0}
     assert found["tasks"] == {"crystal_system": {"none": counts, "basis_only": counts}}
-    assert (found["trials"], found["missing"], found["driver"]) == (4, 0, None)
+    assert (found["trials"], found["missing"], found["drivers"]) == (4, 0, [])
     record = Record(out)
     record.add(planned[3].identity | {"status": "failed", "error": "Traceback: it broke"})
     code, text, _ = call("ablate", "status", out)

@@ -153,6 +153,21 @@ def test_training_and_grid_over_nodes_one_of_which_is_lost(
     assert not (place / "ablation.jobs" / "targets.json").exists()
 
 
+def test_a_grid_in_parts_as_an_array(slurm: Machines, place: Path, small: Path) -> None:
+    grid, out = grid_file(place, small, seeds=2, epochs=2), place / "ablation"
+    submit = ["xtal", "submit", "ablate", grid, out, "--site", slurm.shared / "site.toml"]
+    told = json.loads(slurm.run(*submit, "--array", "2", "--json").stdout)
+    assert slurm.job(told["job"])["Dependency"].startswith(f"afterany:{told['array']}")
+    assert slurm.ended(told["job"]) == "COMPLETED", newest(place / "ablation.jobs")
+    for part in ("1-of-2", "2-of-2"):
+        assert len(list(whole_lines(out / "parts" / part / "record.jsonl"))) == 3
+    results = pq.read_table(out / "results.parquet").to_pylist()
+    assert len(results) == len(list(whole_lines(out / "record.jsonl"))) == 6
+    assert (out / "report.html").exists()
+    rows = json.loads(slurm.run("xtal", "jobs", out, "--json").stdout)
+    assert [row["state"] for row in rows] == ["COMPLETED", "COMPLETED"]
+
+
 def newest(jobs: Path) -> str:
     logs = sorted(jobs.glob("*.log"), key=lambda path: path.stat().st_mtime)
     return "\n".join(f"{log.name}: {log.read_text()[-3000:]}" for log in logs)

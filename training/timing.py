@@ -1,0 +1,102 @@
+"""What a training takes, from a timed part of it on its own dataset; nothing is written."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import memory
+from cluster.terminal import duration
+from training.config import TrainingConfig
+from training.dataset import CloudSet, load
+from training.ensemble import kinds, prepare
+from training.loop import fit
+from training.models.boosted import Boosted
+from training.models.build import is_boosted
+from training.peers import Alone
+from training.split import Parts
+
+_STEPS = (3, 15)  # a network is timed between these steps
+_TREES = (5, 25)  # and trees between these numbers of rounds
+_FORWARD = 1 / 3  # of a step's time, for a crystal that is only answered
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Seconds of a training, and of an answer to the test crystals."""
+
+    once: float  # clouds, inputs
+    training: float
+    test: float
+
+
+def expect(dataset: Path, config: TrainingConfig) -> dict[str, str]:
+    """What `training.train.train` would take on this machine, in words, from one process.
+
+    Raises:
+        UserError: no dataset, no usable classes.
+    """
+    before = memory.resident()
+    data = load(dataset, config.radiation)
+    parts = Parts.of(data, config)
+    timed = timed_training(data, config, parts)
+    seconds = timed.once + timed.training + timed.test
+    sides = ", ".join(f"{len(rows):,} {side}" for side, rows in parts.rows.items())
+    several = f"; {config.workers} workers share it" if config.workers > 1 else ""
+    return {
+        "crystals": sides,
+        "time": f"{duration(seconds)} in one process, if no early stop shortens it{several}",
+        "memory": f"about {(memory.resident() - before) / 2**30 + 0.7:.1f} GiB a process",
+    }
+
+
+def timed_training(data: CloudSet, config: TrainingConfig, parts: Parts) -> Timed:
+    """Time a few steps, or rounds of trees, of each kind of member and extrapolate."""
+    each = [_time(data, config.model_copy(update={"model": k}), parts) for k in kinds(config)]
+    return Timed(*(sum(getattr(one, name) for one in each) for name in Timed.__slots__))
+
+
+def _time(data: CloudSet, config: TrainingConfig, parts: Parts) -> Timed:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        seen = prepare(config, data, parts.rows["train"], Alone(), Path(name))
+        once = time.perf_counter() - start
+        if is_boosted(config.model):
+            training = _time_trees(seen.inputs, config, parts)
+            return Timed(
+                once, config.members * training, once * len(parts.rows["test"]) / len(data)
+            )
+        marks: list[float] = []
+        short = config.model_copy(
+            update={"members": 1, "batch_size": min(config.batch_size, len(parts.rows["train"]))}
+        )
+        fit(
+            Path(name) / "run",
+            data,
+            short,
+            identity={},
+            inputs=seen.inputs,
+            units=seen.units,
+            progress=lambda at: marks.append(time.perf_counter()),
+            stop_after=_STEPS[1],
+        )
+    first = min(_STEPS[0], len(marks) - 1)
+    step = (marks[-1] - marks[first - 1]) / max(1, len(marks) - first)
+    crystals = config.epochs * (len(parts.rows["train"]) + _FORWARD * len(parts.rows["validation"]))
+    training = config.members * step * crystals / config.batch_size
+    test = config.members * step * _FORWARD * len(parts.rows["test"]) / config.batch_size
+    return Timed(once, training, test + once * len(parts.rows["test"]) / len(data))
+
+
+def _time_trees(description_NF: Any, config: TrainingConfig, parts: Parts) -> float:
+    """As if no validation loss stopped the boosting early."""
+    rows = parts.rows["train"].numpy(), parts.rows["validation"].numpy()
+    marks = []
+    for trees in _TREES:
+        start = time.perf_counter()
+        few = config.model_copy(update={"trees": trees})
+        Boosted.fitted(description_NF, parts.target_N.numpy(), *rows, few)
+        marks.append(time.perf_counter() - start)
+    tree = max(0.0, marks[1] - marks[0]) / (_TREES[1] - _TREES[0])
+    return marks[0] + tree * config.trees
