@@ -1,11 +1,12 @@
 """Which work comes next: a worker stays with the clouds that it has, references come first."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
+from ablation.grid import REFERENCE
 from ablation.plan import Fit, Trial
-from ablation.variants import Source
+from ablation.variants import Source, Variants
 
 Group = tuple[str, float | None, int]
 
@@ -27,6 +28,36 @@ class Job:
         arm, strength, seed = self.group
         dose = "" if strength is None else f" {strength:g}"
         return f"{len(self.trials)} tests on {arm}{dose} seed {seed}"
+
+
+def jobs_of(todo: Iterable[Trial], variants: Variants, trained: Container[str]) -> list[Job]:
+    """One a training, the references first; then one an arm, strength and seed to test.
+
+    Args:
+        trained: ids of the trainings whose model is there.
+    """
+    trainings: dict[str, list[Trial]] = {}
+    tests: dict[tuple[Source, Group], list[Trial]] = {}
+    needed: dict[str, Fit] = {}
+    for trial in todo:
+        if trial.mode == "test_only":
+            source = variants.of(trial.arm, trial.strength, trial.training.radiation)
+            group = trial.arm, trial.strength, trial.training.seed
+            tests.setdefault((source, group), []).append(trial)
+            if trial.fit.id not in trained:
+                needed[trial.fit.id] = trial.fit
+                trainings.setdefault(trial.fit.id, [])
+        else:
+            needed[trial.fit.id] = trial.fit
+            trainings.setdefault(trial.fit.id, []).append(trial)
+    jobs = []
+    for fit in sorted(needed.values(), key=lambda fit: fit.arm != REFERENCE):
+        source = variants.of(fit.arm, fit.strength, fit.training.radiation)
+        group = fit.arm, fit.strength, fit.training.seed
+        jobs.append(Job(fit, tuple(trainings[fit.id]), source, group))
+    return jobs + [
+        Job(None, tuple(trials), source, group) for (source, group), trials in tests.items()
+    ]
 
 
 class Queue:

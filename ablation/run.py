@@ -19,10 +19,10 @@ import torch
 
 from ablation import layout
 from ablation.claim import Claim, driving
-from ablation.grid import REFERENCE, GridConfig
-from ablation.jobs import Group, Job, Queue
+from ablation.grid import GridConfig
+from ablation.jobs import Group, Job, Queue, jobs_of
 from ablation.parts import Part, take_up
-from ablation.plan import Fit, Trial, plan
+from ablation.plan import Trial, plan
 from ablation.record import Record
 from ablation.status import Standing, standing
 from ablation.tables import write_statistics
@@ -124,7 +124,8 @@ class _Driver:
 
     def run(self, todo: list[Trial]) -> None:
         """All trials that have no result."""
-        queue = Queue(self._jobs(todo), {fit for fit in self._kept if self._has_model(fit)})
+        trained = {fit for fit in self._kept if self._has_model(fit)}
+        queue = Queue(jobs_of(todo, self._variants, trained), trained)
         processes = min(self._grid.processes or cores(), len(queue))
         for source in sorted(queue.sources(), key=lambda source: source.name):
             self._variants.featurize(source, min(processes, os.cpu_count() or 1))
@@ -203,33 +204,6 @@ class _Driver:
                 else:
                     self._done(queue, job, answers)
             self._tell(running(), processes, queue)
-
-    def _jobs(self, todo: list[Trial]) -> list[Job]:
-        """One a training, the references first; then one an arm, strength and seed to test."""
-        trainings: dict[str, list[Trial]] = {}
-        tests: dict[Any, list[Trial]] = {}
-        needed: dict[str, Fit] = {}
-        for trial in todo:
-            if trial.mode == "test_only":
-                radiation = trial.training.radiation
-                source = self._variants.of(trial.arm, trial.strength, radiation)
-                group = trial.arm, trial.strength, trial.training.seed
-                tests.setdefault((source, group), []).append(trial)
-                if not self._has_model(trial.fit.id):
-                    needed[trial.fit.id] = trial.fit
-                    trainings.setdefault(trial.fit.id, [])
-            else:
-                needed[trial.fit.id] = trial.fit
-                trainings.setdefault(trial.fit.id, []).append(trial)
-        fits = sorted(trainings, key=lambda fit: needed[fit].arm != REFERENCE)
-        jobs = []
-        for fit in (needed[name] for name in fits):
-            source = self._variants.of(fit.arm, fit.strength, fit.training.radiation)
-            group = fit.arm, fit.strength, fit.training.seed
-            jobs.append(Job(fit, tuple(trainings[fit.id]), source, group))
-        return jobs + [
-            Job(None, tuple(trials), source, group) for (source, group), trials in tests.items()
-        ]
 
     def _start(self, worker: Any, job: Job) -> Any:
         """Reference to the answers of a job."""

@@ -22,12 +22,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cluster.errors import RunFailed
+
 # Ray listens on all interfaces unless the node's address is exactly this one, and on Linux it
 # replaces this one by another unless it is told that there is no cluster.
 _LOOPBACK = "127.0.0.1"
 # Ray reads these once, when it is imported.
 _AT_IMPORT = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _PREFIX = "xtal-ray-"
+_STARTS = 3  # tries; on a busy machine Ray gives up on itself after 30 s now and then
 # In the environment of a command whose batch job started Ray (`cluster.ray_cluster`): a file.
 JOB = "XTAL_RAY_JOB"
 
@@ -184,7 +187,7 @@ def _session(**options: Any) -> Iterator[None]:
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        _start(**options)
         if in_main:
             # Ray's own handler aborts with a stack trace; a batch system sends this at the limit.
             signal.signal(signal.SIGTERM, before if callable(before) else _leave)
@@ -193,6 +196,22 @@ def _session(**options: Any) -> Iterator[None]:
         if in_main:
             signal.signal(signal.SIGTERM, before)
         ray.shutdown()
+
+
+def _start(**options: Any) -> None:
+    import ray
+
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            return
+        except Exception as error:  # Ray has no kind of its own for a node that does not start
+            ray.shutdown()
+            if not left:
+                raise RunFailed(
+                    f"Ray did not start, {_STARTS} times: {error}",
+                    remedy="see whether the machine is overloaded, or /tmp or /dev/shm is full",
+                ) from error
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
