@@ -1,7 +1,7 @@
 """Faults while jobs run on a SLURM of three hosts, and what each costs.
 
-`python -m benchmarks.survival [featurize|train|ablate] [FAULT …] [--times N]` needs root, slurm-wlm
-and munge (tests/slurm/machines.py).
+`python -m benchmarks.survival [featurize|train|ablate|demo] [FAULT …] [--times N]` needs root,
+slurm-wlm and munge (tests/slurm/machines.py); demo is slurm/demo.sbatch, to which nothing happens.
 Each job's end state is compared with that of a job that nothing happened to; lost are the seconds
 that it took more. After each no process and no temporary file of it may be left on any host.
 """
@@ -251,6 +251,19 @@ def disturbed(slurm: Machines, work: Work, name: str, place: Path) -> Outcome:
     return Outcome(state, said, seconds, attempts)
 
 
+def demo(slurm: Machines) -> None:
+    """slurm/demo.sbatch on two nodes, from its submission to the report."""
+    out = slurm.shared / "demo"
+    began = time.monotonic()
+    words = ["--nodes=2", "--ntasks-per-node=2", f"--output={out}.log"]
+    job = slurm.sbatch(*words, ROOT / "slurm" / "demo.sbatch", out)
+    said = slurm.ended(job, 1800)
+    print(f"\ndemo.sbatch on two nodes: {said} after {time.monotonic() - began:.0f} s", flush=True)
+    if not (out / "ablation" / "report.html").exists():
+        sys.exit(Path(f"{out}.log").read_text())
+    nothing_left(slurm)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", help="works and faults; all by default")
@@ -274,7 +287,7 @@ def main() -> None:
         works = (featurizing(), training(dataset), grid(plan))
         wanted = [name for name in given.what if name in FAULTS] or [*FAULTS]
         for work in works:
-            if {w.verb for w in works} & {*given.what} and work.verb not in given.what:
+            if {"demo", *(w.verb for w in works)} & {*given.what} and work.verb not in given.what:
                 continue
             expected, usual = None, 0.0
             for name in dict.fromkeys(("nothing", *wanted)):
@@ -293,6 +306,8 @@ def main() -> None:
                     f"| {seconds:.0f} | {seconds - usual:+.0f} |",
                     flush=True,
                 )
+        if "demo" in given.what or not given.what:
+            demo(slurm)
     finally:
         slurm.close()
 

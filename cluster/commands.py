@@ -2,7 +2,10 @@
 
 import json
 import shlex
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +13,7 @@ import typer
 from rich.table import Table
 
 from cluster.attempt import jobs_folder
-from cluster.errors import UserError
+from cluster.errors import RunFailed, UserError
 from cluster.ray_cluster import GRAFANA, PROMETHEUS, TARGETS
 from cluster.slurm import Job, ask, cancel, look, recorded
 from cluster.submit_commands import submitting
@@ -55,12 +58,17 @@ def dashboard(
         str | None, typer.Option(help="user@host of the login node, as seen from your desk.")
     ] = None,
     port: Annotated[int, typer.Option(help="Port at your desk.", min=1024, max=65535)] = 8265,
+    tunnel: Annotated[
+        bool, typer.Option("--open", help="Bring it to that port of this machine, until Ctrl-C.")
+    ] = False,
     config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Say how to reach the Ray dashboard of a running job from your desk, and whether it answers.
 
-    It listens on the loopback network of the job's first node, and asks for the job's token.
+    It listens on the loopback network of the job's first node, and asks for the job's token. With
+    --open this command holds an ssh tunnel to it, where compute nodes let you in: at your desk, if
+    SLURM's commands are there, or on the login node.
     """
     found = [path for each in _folders(result) if (path := each / "dashboard.json").exists()]
     if not found:
@@ -68,28 +76,61 @@ def dashboard(
     seen = json.loads(found[-1].read_text(encoding="utf-8"))
     rows = [row for row in _rows(result) if row["job"] == seen["job"]] if login is None else []
     login = login or next((row["site"].get("login") for row in rows), None) or "LOGIN"
-    tunnel = ["ssh", "-N", "-J", login, "-L", f"{port}:127.0.0.1:{seen['port']}", seen["node"]]
+    jobs = found[-1].parent
+    forward = ["-L", f"127.0.0.1:{port}:127.0.0.1:{seen['port']}", seen["node"]]
     step = ["srun", f"--jobid={seen['job']}", "--overlap", "--quiet", "--nodes=1", "--ntasks=1"]
     step += [f"--nodelist={seen['node']}"]
     check = [sys.executable, "-m", "cluster.ray_node", "--answers", str(seen["port"])]
-    reveal = [*step, "cat", seen["token"]]
-    answer = ask([*step, *check, "--token", seen["token"]]).strip()
+    told = {
+        "node": seen["node"],
+        "answers": ask([*step, *check, "--token", seen["token"]]).strip(),
+        "url": f"http://localhost:{port}",
+        "tunnel": shlex.join(["ssh", "-N", "-J", login, *forward]),
+        "print_token": shlex.join([*step, "cat", seen["token"]]),
+    }
+    if (jobs / TARGETS).exists():
+        words = ["prometheus", f"--config.file={jobs / PROMETHEUS}"]
+        told["prometheus"] = shlex.join([*words, "--web.listen-address=127.0.0.1:9090"])
+        told["grafana"] = str(DASHBOARD)
     if as_json:
-        told = {"node": seen["node"], "answers": answer, "url": f"http://localhost:{port}"}
-        show_json(told | {"tunnel": shlex.join(tunnel), "print_token": shlex.join(reveal)})
-        return
-    out.print(f"the dashboard on {seen['node']} answers: {answer}", highlight=False)
-    out.print("at your desk:", highlight=False)
-    out.print(f"  {shlex.join(tunnel)}", soft_wrap=True, highlight=False)
-    out.print(f"  then open http://localhost:{port}; it asks for the token, which", soft_wrap=True)
-    out.print(f"  {shlex.join(reveal)}", soft_wrap=True, highlight=False)
-    out.print("  prints here", highlight=False)
-    if (found[-1].with_name(TARGETS)).exists():
-        words = ["prometheus", f"--config.file={found[-1].with_name(PROMETHEUS)}"]
-        words += ["--web.listen-address=127.0.0.1:9090"]
-        out.print("numbers of the work, here or wherever the nodes can be reached:")
-        out.print(f"  {shlex.join(words)}", soft_wrap=True, highlight=False)
-        out.print(f"  the dashboard for Grafana is {DASHBOARD}", soft_wrap=True, highlight=False)
+        show_json(told)
+    else:
+        _show_dashboard(told)
+    if tunnel:
+        _hold(["ssh", "-N", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", *forward])
+
+
+def _show_dashboard(told: Mapping[str, str]) -> None:
+    lines = [
+        f"the dashboard on {told['node']} answers: {told['answers']}",
+        "at your desk:",
+        f"  {told['tunnel']}",
+        f"  then open {told['url']}; it asks for the token, which",
+        f"  {told['print_token']}",
+        "  prints here",
+    ]
+    if "prometheus" in told:
+        lines += [
+            "numbers of the work, here or wherever the nodes can be reached:",
+            f"  {told['prometheus']}",
+            f"  the dashboard for Grafana is {told['grafana']}",
+        ]
+    for line in lines:
+        out.print(line, soft_wrap=True, highlight=False)
+
+
+def _hold(ssh: Sequence[str]) -> None:
+    """Run ssh until it ends, or somebody ends it.
+
+    Raises:
+        RunFailed: it ends by itself.
+    """
+    with suppress(KeyboardInterrupt):
+        code = subprocess.run(ssh, check=False).returncode
+        raise RunFailed(
+            f"{shlex.join(ssh)} ended with {code}",
+            remedy="give another --port, or, where nodes let nobody in, use the line for your desk",
+        )
 
 
 def register(app: typer.Typer) -> None:

@@ -13,7 +13,7 @@ from cluster.files import append_line, whole_lines
 
 RECORD = "jobs.jsonl"
 _SECONDS = 60  # a controller under load answers slowly
-_FIELDS = ("JobID", "State", "Elapsed", "NodeList", "Reason")
+_FIELDS = ("JobID", "State", "Elapsed", "NodeList", "Reason", "ExitCode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +61,21 @@ def look(id: str) -> Job:
         pass  # forgotten after MinJobAge
     try:
         words = ["sacct", "-n", "-P", "-X", "-j", id, f"--format={','.join(_FIELDS)}"]
-        lines = ask(words).splitlines()
+        return parse_sacct(ask(words), id)
     except (RunFailed, UserError):
-        lines = []  # no accounting
-    for line in lines:
-        found = line.split("|")
-        if len(found) == len(_FIELDS) and found[0] == id:
-            return Job(id, found[1].split()[0], found[2], found[3], found[4])
-    return Job(id, "UNKNOWN")
+        return Job(id, "UNKNOWN")  # no accounting
+
+
+def parse_sacct(text: str, id: str) -> Job:
+    """A job in what sacct says of it; of an array, the sum of its elements."""
+    rows = [line.split("|") for line in text.splitlines()]
+    rows = [row for row in rows if len(row) == len(_FIELDS) and row[0].partition("_")[0] == id]
+    if not rows:
+        return Job(id, "UNKNOWN")
+    _, _, elapsed, nodes, reason, exit_code = rows[0]
+    # A state may have more words: CANCELLED by 1000.
+    state = _state_of([row[1].split()[0] for row in rows])
+    return Job(id, state, elapsed, nodes, "" if reason == "None" else reason, exit_code)
 
 
 def parse_show_job(text: str) -> Job:
@@ -79,12 +86,7 @@ def parse_show_job(text: str) -> Job:
     if not rows:
         raise RunFailed("scontrol says nothing", remedy="give the number of a job")
     first = rows[0]
-    states = [row["JobState"] for row in rows]
-    state = states[0]
-    if len(rows) > 1:
-        alive = [each for each in states if not Job("", each).over]
-        bad = [each for each in states if each != "COMPLETED"]
-        state = (alive or bad or states)[0]
+    state = _state_of([row["JobState"] for row in rows])
     reason = first.get("Reason", "")
     return Job(
         first.get("ArrayJobId", first["JobId"]),
@@ -95,6 +97,13 @@ def parse_show_job(text: str) -> Job:
         first.get("ExitCode", ""),
         first.get("Restarts", ""),
     )
+
+
+def _state_of(states: Sequence[str]) -> str:
+    """Of several elements: one that is not over, else one that went wrong, else the first."""
+    alive = [each for each in states if not Job("", each).over]
+    bad = [each for each in states if each != "COMPLETED"]
+    return (alive or bad or states)[0]
 
 
 def _pairs(line: str) -> dict[str, str]:

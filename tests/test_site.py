@@ -8,7 +8,7 @@ from tiny import ROOT, command
 from cluster.errors import UserError
 from cluster.ray_node import resources
 from cluster.site import VERBS, check_time, read_site
-from cluster.slurm import parse_show_job, seconds_of
+from cluster.slurm import parse_sacct, parse_show_job, seconds_of
 from cluster.submit import Plan
 
 SITES = [ROOT / "slurm" / "site.toml.example", *sorted((ROOT / "slurm" / "profiles").glob("*"))]
@@ -107,6 +107,25 @@ def test_what_scontrol_says() -> None:
     )
     assert (parse_show_job(array).id, parse_show_job(array).state) == ("8", "RUNNING")
     assert parse_show_job(array.replace("RUNNING", "COMPLETED")).state == "FAILED"
+
+
+def test_the_accounting_remembers_what_the_controller_has_forgotten() -> None:
+    text = (
+        "1|COMPLETED|00:00:02|node1|None|0:0\n"
+        "12|CANCELLED by 1000|00:01:02|n[1-2]|Dependency|0:15\n"
+        "7_0|COMPLETED|00:00:05|n1|None|0:0\n7_1|TIMEOUT|00:10:00|n2|None|0:0\n"
+    )
+    job = parse_sacct(text, "1")
+    assert (job.state, job.elapsed, job.nodes, job.reason, job.exit_code) == (
+        "COMPLETED", "00:00:02", "node1", "", "0:0",
+    )  # fmt: skip
+    assert (parse_sacct(text, "12").state, parse_sacct(text, "12").reason) == (
+        "CANCELLED",
+        "Dependency",
+    )
+    assert parse_sacct(text, "7").state == "TIMEOUT"
+    assert parse_sacct(text.replace("TIMEOUT", "RUNNING"), "7").state == "RUNNING"
+    assert parse_sacct(text, "2").state == "UNKNOWN"
 
 
 def test_resources_are_slurms_not_the_hosts() -> None:

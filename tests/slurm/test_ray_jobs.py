@@ -1,6 +1,9 @@
 """Ray over the nodes of a job: trainings, grids, neighbours, losses."""
 
 import json
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -151,6 +154,51 @@ def test_training_and_grid_over_nodes_one_of_which_is_lost(
     assert len({row["trial"] for row in results}) == 12
     assert (out / "report.html").exists()
     assert not (place / "ablation.jobs" / "targets.json").exists()
+
+
+@pytest.fixture
+def ssh(slurm: Machines, place: Path) -> Iterator[Path]:
+    """A folder with an `ssh` by which the login node reaches node1, as of a user with a key."""
+    if shutil.which("sshd") is None:
+        pytest.skip("sshd is not installed (apt install openssh-server openssh-client)")
+    for name in ("host", "mine"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", place / name], check=True
+        )
+    (place / "sshd_config").write_text(
+        f"HostKey {place}/host\nAuthorizedKeysFile {place}/mine.pub\nPermitRootLogin yes\n"
+        f"PasswordAuthentication no\nStrictModes no\nUsePAM no\nPidFile {place}/sshd.pid\n"
+    )
+    (place / "ssh_config").write_text(
+        f"Host *\nIdentityFile {place}/mine\nUserKnownHostsFile {place}/known\n"
+        "StrictHostKeyChecking accept-new\n"
+    )
+    Path("/run/sshd").mkdir(exist_ok=True)
+    (place / "bin").mkdir()
+    (place / "bin" / "ssh").write_text(
+        f'#!/bin/sh\nexec {shutil.which("ssh")} -F {place}/ssh_config "$@"\n'
+    )
+    (place / "bin" / "ssh").chmod(0o755)
+    slurm.on("node1", [str(shutil.which("sshd")), "-f", place / "sshd_config"])
+    yield place / "bin"
+    slurm.on("node1", ["pkill", "-F", place / "sshd.pid"])
+
+
+def test_the_dashboard_is_brought_to_this_machine(slurm: Machines, place: Path, ssh: Path) -> None:
+    job = ray_job(slurm, place, "a", str(place / "go"), nodes=2)
+    told(slurm, place, "a")
+    words = f"PATH={ssh}:$PATH timeout 60 xtal dashboard {place}/a --login me@there --open"
+    fetch = f"until python3 -c '{FETCH}' http://127.0.0.1:8265; do sleep 1; done"
+    script = f'{words} >{place}/said 2>&1 & timeout 50 sh -c "{fetch}"; kill -INT %1; wait'
+    page = slurm.run("bash", "-mc", script, check=False).stdout
+    assert "<title>Ray Dashboard</title>" in page, (place / "said").read_text()
+    refused = slurm.run(
+        "xtal", "dashboard", place / "a", "--login", "me@there", "--open", check=False
+    )
+    assert refused.returncode == 1
+    assert "use the line for your desk" in refused.stderr
+    (place / "go").touch()
+    assert slurm.ended(job) == "COMPLETED", (place / "a.log").read_text()
 
 
 def test_a_grid_in_parts_as_an_array(slurm: Machines, place: Path, small: Path) -> None:

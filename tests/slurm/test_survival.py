@@ -114,6 +114,26 @@ def test_cancelled_is_not_requeued_and_goes_on_with_other_nodes(
     assert content(out) == undisturbed
 
 
+def test_a_disk_that_is_full_for_a_while_delays_the_work(
+    slurm: Machines, place: Path, undisturbed: tuple[int, str]
+) -> None:
+    disk, log = place / "disk", place / "log"
+    disk.mkdir()
+    slurm.on("node1", ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk])
+    try:
+        job = featurizing(slurm, disk / "data", "--nodelist=node1", f"--output={log}")
+        said = f"cannot write to {disk}/data.jobs: No space left on device; waiting up to 600 s"
+        slurm.until(lambda: log.exists() and said in log.read_text(), "the disk is full", 60)
+        assert slurm.job(job)["JobState"] == "RUNNING"
+        slurm.on("node1", ["mount", "-o", "remount,size=200m", disk])
+        assert slurm.ended(job) == "COMPLETED", log.read_text()
+        assert slurm.job(job)["Restarts"] == "0"
+        slurm.on("node1", ["cp", "-r", disk / "data", place / "copy"])
+    finally:
+        slurm.on("node1", ["umount", disk])
+    assert content(place / "copy") == undisturbed
+
+
 def test_a_failed_link_ends_the_chain(slurm: Machines, place: Path) -> None:
     (place / "empty.jsonl").write_text("{}\n")
     words = ["xtal", "submit", "all", place / "empty.jsonl", place / "run"]
