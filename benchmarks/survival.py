@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "slurm"))
 from machines import Machines, obstacle  # noqa: E402
 
-SOURCE = "prototypes:3000"
+SOURCE = "prototypes:100000"  # so that a time limit, in minutes, comes while each is at work
 GRID = """
 dataset = {dataset}
 seeds = [0, 1, 2, 3]
@@ -37,7 +37,7 @@ arms = [
 ]
 [training]
 task = "crystal_system"
-epochs = 2
+epochs = 60
 width = 32
 """
 # Space, quotes, line break, a command, SLURM's own pattern, and what a URL would read.
@@ -65,7 +65,7 @@ def featurizing() -> Work:
         3,
         ("--ntasks-per-node=2",),
         ("--ntasks-per-node=1",),
-        lambda out: [SOURCE, str(out), "--selection", "miller:4"],
+        lambda out: [SOURCE, str(out), "--selection", "miller:2"],
         lambda out: any(out.glob("journal/at-*")),
         lambda out: json.loads((out / "manifest.json").read_text())["content_hash"],
     )
@@ -77,7 +77,7 @@ def training(dataset: Path) -> Work:
         model = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
         return model, metrics, (out / "history.csv").read_text()
 
-    words = ["--task", "crystal_system", "--epochs", "12", "--workers", "2"]
+    words = ["--task", "crystal_system", "--epochs", "600", "--workers", "2"]
     return Work(
         "train",
         "training, 2 workers on Ray",
