@@ -6,6 +6,7 @@ names or ever longer pauses. No answer is held that is larger than a limit, afte
 """
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,8 @@ from featurization.addresses import checked_url, host_of, plain
 
 # Seconds to connect, and between two pieces of an answer. A query of a database can take a minute.
 TIMEOUT = (20.0, 120.0)
+# And for all pieces of an answer that is asked for as a whole: some servers drip for ever.
+LONGEST = 1200.0
 # An answer that is asked for as a whole, B: ten times a page of a thousand large structures.
 MAX_ANSWER = 256 << 20
 ATTEMPTS = 5
@@ -154,8 +157,14 @@ def _read(response: requests.Response) -> None:
         requests.RequestException: it does not come whole.
         _Broken: a good status, and no JSON.
     """
+    deadline = threading.Timer(LONGEST, response.raw.shutdown)
+    deadline.daemon = True
+    deadline.start()
     response.raw = _Limited(response.raw, str(response.url))
-    content = response.content
+    try:
+        content = response.content
+    finally:
+        deadline.cancel()
     if response.status_code == 200:  # a redirect or a refusal may be anything
         try:
             orjson.loads(content)

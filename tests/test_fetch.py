@@ -8,6 +8,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -556,7 +557,6 @@ def test_a_redirect_to_plain_http_is_refused():
 
 
 def test_an_unknown_certificate_is_refused(tmp_path):
-    import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
@@ -632,6 +632,31 @@ def test_a_server_that_stalls_is_asked_again(monkeypatch):
     with serving(slow) as server:
         assert Web().document(server.url) == {"a": 1}
         assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("length", [None, "1000"])
+def test_a_server_that_drips_for_ever_is_given_up(monkeypatch, length):
+    """A byte now and then, so that no single read takes too long."""
+    monkeypatch.setattr(web, "LONGEST", 0.4)
+    ends: list[str] = []
+
+    def drips(server, request):
+        request.send_response(200)
+        if length is not None:
+            request.send_header("content-length", length)
+        request.end_headers()
+        try:
+            for _ in range(1000):
+                request.wfile.write(b" ")
+                time.sleep(0.02)
+            ends.append("all of it was taken")
+        except ConnectionError:
+            ends.append("the client has hung up")
+            raise
+
+    with serving(drips) as server, pytest.raises(RunFailed, match=f"fails {web.ATTEMPTS} times"):
+        Web().document(server.url)
+    assert set(ends) == {"the client has hung up"}
 
 
 # --- kills ---------------------------------------------------------------------------------------
