@@ -297,6 +297,7 @@ def train(
 ) -> None:
     """Train a classifier on a dataset and evaluate it on the held-out test crystals."""
     from training.config import TrainingConfig
+    from training.metrics_tables import show
     from training.timing import expect
     from training.train import questions_of
     from training.train import train as run_training
@@ -330,7 +331,10 @@ def train(
             resume=resume,
             progress=lambda at: update(at.epoch + at.step / at.steps),
         )
-    _show_metrics(run, answer, as_json)
+    if as_json:
+        show_json(answer)
+    else:
+        show(run, answer)
 
 
 @app.command()
@@ -354,9 +358,13 @@ def evaluate(
     its doubt goes with error.
     """
     from training.evaluate import evaluate_run
+    from training.metrics_tables import show
 
     answer = evaluate_run(run, dataset, against=against, leaks=leaks)
-    _show_metrics(run, answer, as_json)
+    if as_json:
+        show_json(answer)
+    else:
+        show(run, answer)
 
 
 @app.command()
@@ -439,6 +447,7 @@ def ablate(
 
     A report and its tables come at the end; no trial is stopped early, however hopeless.
     """
+    from ablation.forecast import forecast, show
     from ablation.grid import read_grid
     from ablation.parts import Part
     from ablation.report import write_report
@@ -447,7 +456,11 @@ def ablate(
 
     settings = read_grid(grid, dataset=None if dataset is None else str(dataset.resolve()))
     if dry_run:
-        _forecast(settings, folder, as_json)
+        expected = forecast(settings, folder)
+        if as_json:
+            show_json({"counts": expected.counts, "expected": expected.rows})
+        else:
+            show(expected)
         return
     if folder is None:
         raise UserError("OUT is not given", remedy=f"xtal ablate {grid} OUT")
@@ -649,58 +662,6 @@ def _fatal_for_all(ranks: Any) -> Iterator[None]:
     except BaseException:  # a Rust panic is no Exception
         ranks.abort()
         raise
-
-
-def _forecast(grid: Any, folder: Path | None, as_json: bool) -> None:
-    """What a grid takes, as tables or as JSON."""
-    from ablation.forecast import forecast
-
-    expected = forecast(grid, folder)
-    if as_json:
-        show_json({"counts": expected.counts, "expected": expected.rows})
-        return
-    for name, counts in expected.counts.items():
-        table = Table(name, "trials", title_justify="left")
-        for value, count in counts.items():
-            table.add_row(value, f"{count:,}")
-        out.print(table)
-    summary("what to expect; nothing was run", expected.rows)
-
-
-def _show_metrics(run: Path, answer: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        show_json(answer)
-        return
-    sides = answer["class_counts"]
-    counts = Table("class", *sides, title=answer["question"], title_justify="left")
-    for name in answer["classes"]:
-        counts.add_row(name, *(str(classes[name]) for classes in sides.values()))
-    out.print(counts)
-    table = Table("test metric", "value", "95 % interval", title_justify="left")
-    for name, interval in answer["metrics"].items():
-        value, low, high = (
-            "–" if interval[k] is None else f"{interval[k]:.3f}" for k in ("value", "low", "high")
-        )
-        table.add_row(name, value, f"{low} … {high}")
-    out.print(table)
-    for side, counted in answer.get("leakage", {}).get("splits", {}).items():
-        out.print(
-            f"{side}: {counted['near']} of {counted['structures']} crystals have a near-duplicate "
-            f"in training, {counted['isostructural']} an isostructural crystal"
-        )
-    if "against" in answer:
-        rows = Table("test metric", "difference", "95 % interval", "p", title_justify="left")
-        rows.title = f"{run} minus {answer['against']['run']}"
-        for name, pair in answer["against"]["bootstrap"].items():
-            found = [pair["difference"][k] for k in ("value", "low", "high")] + [pair["p"]]
-            value, low, high, p = ("–" if each is None else f"{each:.3f}" for each in found)
-            rows.add_row(name, value, f"{low} … {high}", p)
-        out.print(rows)
-    for name, other in answer.get("also", {}).items():
-        auroc = other["metrics"]["auroc"]
-        shown = " … ".join("–" if auroc[k] is None else f"{auroc[k]:.3f}" for k in ("low", "high"))
-        out.print(f"{name}: {other['question']} AUROC {auroc['value']:.3f}, {shown}")
-    out.print(f"written: {run}/metrics.json, predictions.parquet, tensorboard/", soft_wrap=True)
 
 
 if __name__ == "__main__":

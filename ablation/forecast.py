@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from ablation.grid import REFERENCE, GridConfig
 from ablation.plan import Trial, fits_of, plan
 from ablation.record import Record
 from cluster import memory
 from cluster.ray_session import cards, cores
-from cluster.terminal import duration
+from cluster.terminal import duration, out, summary
 from featurization.manifest import read_manifest
 from training.config import ModelName
 from training.dataset import load
@@ -32,18 +33,18 @@ class Forecast:
     rows: dict[str, str]
 
 
-def forecast(grid: GridConfig, out: Path | None) -> Forecast:
+def forecast(grid: GridConfig, folder: Path | None) -> Forecast:
     """Time a part of a training of each model, one after the other, and add up; writes nothing.
 
     Args:
-        out: of a grid that is begun, what is done there does not count.
+        folder: of a grid that is begun, what is done there does not count.
 
     Raises:
         UserError: as `ablation.run.run_grid`.
     """
     manifest = read_manifest(Path(grid.dataset))
     planned = plan(grid, manifest["content_hash"])
-    done = Record(out).rows if out is not None else {}
+    done = Record(folder).rows if folder is not None else {}
     todo = [t for t in planned if done.get(t.id, {}).get("status") != "done"]
     data = load(Path(grid.dataset), grid.training.radiation)
     parts = {t: Parts.of(data, grid.training_of(t, grid.all_models[0], 0)) for t in grid.all_tasks}
@@ -87,6 +88,16 @@ def forecast(grid: GridConfig, out: Path | None) -> Forecast:
             "disk": f"{mib:,.0f} MiB in about {files} files",
         },
     )
+
+
+def show(expected: Forecast) -> None:
+    """Print it."""
+    for name, counts in expected.counts.items():
+        table = Table(name, "trials", title_justify="left")
+        for value, count in counts.items():
+            table.add_row(value, f"{count:,}")
+        out.print(table)
+    summary("what to expect; nothing was run", expected.rows)
 
 
 def _seconds(
