@@ -422,6 +422,12 @@ app.add_typer(
 )
 
 
+def _part(text: str) -> Any:
+    from ablation.parts import Part
+
+    return Part.parse(text)
+
+
 @ablation.command("run")
 def ablate(
     grid: Annotated[
@@ -437,8 +443,12 @@ def ablate(
         typer.Option("--dry-run", help="Time a training of each model, say what all take, stop."),
     ] = False,
     part: Annotated[
-        str | None,
-        typer.Option(help="2/8 runs the second eighth alone; a later call without it gathers."),
+        Any,
+        typer.Option(
+            parser=_part,
+            metavar="N/M",
+            help="2/8 runs the second eighth alone; a later call without it gathers.",
+        ),
     ] = None,
     config: OptionsFile = None,
     as_json: AsJson = False,
@@ -449,14 +459,13 @@ def ablate(
     """
     from ablation.forecast import forecast, show
     from ablation.grid import read_grid
-    from ablation.parts import Part
     from ablation.report import write_report
     from ablation.run import run_grid
     from ablation.status import live
 
     settings = read_grid(grid, dataset=None if dataset is None else str(dataset.resolve()))
     if dry_run:
-        expected = forecast(settings, folder)
+        expected = forecast(settings, folder, part)
         if as_json:
             show_json({"counts": expected.counts, "expected": expected.rows})
         else:
@@ -464,10 +473,9 @@ def ablate(
         return
     if folder is None:
         raise UserError("OUT is not given", remedy=f"xtal ablate {grid} OUT")
-    own = None if part is None else Part.parse(part)
     with live() as update:
-        counts = run_grid(settings, folder, progress=update, part=own)
-    whole = own is None and not counts["failed"]
+        counts = run_grid(settings, folder, progress=update, part=part)
+    whole = part is None and not counts["failed"]
     page = write_report(folder, dataset=Path(settings.dataset)) if whole else None
     if as_json:
         show_json(dict(counts) | {"report": page})

@@ -104,15 +104,24 @@ def driving(out: Path) -> Iterator[Claim]:
         UserError: another driver is at work there.
     """
     with exclusive(out):
-        there = read_claim(out)
-        if there is not None and not _is_dead(there):
-            _watch(out, there)
+        refuse_driven(out)
         claim = Claim(out)
         try:
             claim._begin()
             yield claim
         finally:
             claim._end()
+
+
+def refuse_driven(out: Path) -> None:
+    """Return if no driver is at work in a folder; one that may be dead is watched for a while.
+
+    Raises:
+        UserError: one is.
+    """
+    there = read_claim(out)
+    if there is not None and not _is_dead(there):
+        _watch(out, there)
 
 
 def _watch(out: Path, there: dict[str, Any]) -> None:

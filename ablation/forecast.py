@@ -9,8 +9,8 @@ import torch
 from rich.table import Table
 
 from ablation.grid import REFERENCE, GridConfig
+from ablation.parts import Part, not_done
 from ablation.plan import Trial, fits_of, plan
-from ablation.record import Record
 from cluster import memory
 from cluster.ray_session import cards, cores
 from cluster.terminal import duration, out, summary
@@ -33,7 +33,7 @@ class Forecast:
     rows: dict[str, str]
 
 
-def forecast(grid: GridConfig, folder: Path | None) -> Forecast:
+def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) -> Forecast:
     """Time a part of a training of each model, one after the other, and add up; writes nothing.
 
     Args:
@@ -44,8 +44,9 @@ def forecast(grid: GridConfig, folder: Path | None) -> Forecast:
     """
     manifest = read_manifest(Path(grid.dataset))
     planned = plan(grid, manifest["content_hash"])
-    done = Record(folder).rows if folder is not None else {}
-    todo = [t for t in planned if done.get(t.id, {}).get("status") != "done"]
+    if part is not None:
+        planned = part.of(planned)
+    todo = planned if folder is None else not_done(folder, planned)
     data = load(Path(grid.dataset), grid.training.radiation)
     parts = {t: Parts.of(data, grid.training_of(t, grid.all_models[0], 0)) for t in grid.all_tasks}
     task = max(parts, key=lambda name: len(parts[name].rows["train"]))

@@ -6,11 +6,12 @@ nothing of each other. A trial goes to the part of its training.
 
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ablation.claim import driving, read_claim
+from ablation.claim import driving
+from ablation.grid import REFERENCE
 from ablation.plan import Trial, fits_of
 from ablation.record import Record
 from cluster.errors import UserError
@@ -42,10 +43,15 @@ class Part:
         return out / PARTS / f"{self.number}-of-{self.count}"
 
     def of(self, planned: Sequence[Trial]) -> list[Trial]:
-        """Its trials: those of some trainings, of the same arms where that can be."""
+        """Its trials: those of a share of the reference's trainings, and of a run of the others.
+
+        Most tests need the former; the latter start from like clouds.
+        """
         fits = sorted(fits_of(planned).values(), key=lambda fit: (fit.arm, fit.strength or 0.0))
-        first, last = (len(fits) * n // self.count for n in (self.number - 1, self.number))
-        own = {fit.id for fit in fits[first:last]}
+        references = [fit for fit in fits if fit.arm == REFERENCE]
+        others = [fit for fit in fits if fit.arm != REFERENCE]
+        first, last = (len(others) * n // self.count for n in (self.number - 1, self.number))
+        own = {f.id for f in (*references[self.number - 1 :: self.count], *others[first:last])}
         return [trial for trial in planned if trial.fit.id in own]
 
 
@@ -54,19 +60,40 @@ def folders(out: Path) -> list[Path]:
     return sorted(path for path in out.glob(f"{PARTS}/*") if path.is_dir())
 
 
+def rows_of(out: Path) -> dict[str, dict[str, Any]]:
+    """Trial → what a grid and its parts say of it: that it is done, else the newest."""
+    found: dict[str, dict[str, Any]] = {}
+    for place in (out, *folders(out)):
+        for trial, row in Record(place).rows.items():
+            rank = row["status"] == "done", row["at"]
+            if trial not in found or rank > (found[trial]["status"] == "done", found[trial]["at"]):
+                found[trial] = row
+    return found
+
+
+def not_done(out: Path, trials: Sequence[Trial]) -> list[Trial]:
+    """Those that neither the grid nor a part of it has done."""
+    records = [Record(place) for place in (out, *folders(out))]
+    return [trial for trial in trials if not any(record.is_done(trial.id) for record in records)]
+
+
 def take_up(record: Record, out: Path, planned: Sequence[Trial]) -> None:
-    """Add to the grid's record the trials that are done in its parts alone.
+    """Add to the grid's record the trials that its parts alone have done; take their trainings.
 
     Raises:
         UserError: a driver is at work in one of them.
     """
     known = {trial.id for trial in planned}
+    fits = fits_of(planned)
     for folder in folders(out):
-        with ExitStack() as held:
-            if read_claim(folder) is not None:
-                held.enter_context(driving(folder))
+        with driving(folder):
             theirs = Record(folder)
             for trial, row in theirs.rows.items():
                 probability_NC = theirs.probabilities(trial)
                 if trial in known and probability_NC is not None and not record.is_done(trial):
                     record.add(row, probability_NC)
+            for begun in (folder / "fits").glob("*"):
+                here = out / "fits" / begun.name
+                if begun.name in fits and not here.exists():
+                    here.parent.mkdir(exist_ok=True)
+                    begun.rename(here)

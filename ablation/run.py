@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from ablation import layout
-from ablation.claim import Claim, driving
+from ablation.claim import Claim, driving, refuse_driven
 from ablation.grid import GridConfig
 from ablation.jobs import Group, Job, Queue, jobs_of
-from ablation.parts import Part, take_up
+from ablation.parts import Part, not_done, take_up
 from ablation.plan import Trial, plan
 from ablation.record import Record
 from ablation.status import Standing, standing
@@ -32,7 +32,7 @@ from cluster import memory
 from cluster.errors import RunFailed, Stopped
 from cluster.gauges import Gauges
 from cluster.provenance import commit
-from cluster.ray_session import cards, cores, ray_for
+from cluster.ray_session import cards, cores, ray_for, threads_for
 from featurization.guard import StopSignals
 from featurization.manifest import read_manifest
 from training.dataset import load
@@ -74,23 +74,22 @@ def run_grid(
     planned = plan(grid, manifest["content_hash"])
     layout.refuse_strangers(out)
     data = load(Path(grid.dataset), grid.training.radiation)
-    place = out
-    if part is not None:
-        before = Record(out)
-        planned = [trial for trial in part.of(planned) if not before.is_done(trial.id)]
-        place = part.folder(out)
+    place = out if part is None else part.folder(out)
     with driving(place) as claim:
+        if part is not None:
+            refuse_driven(out)
+            planned = part.of(planned)
         layout.begin(out, grid, manifest, data)
         del data
         record = Record.mended(place)
         if part is None:
             take_up(record, out, planned)
-        todo = [trial for trial in planned if not record.is_done(trial.id)]
+        todo = not_done(out, planned)
         if todo:
             with StopSignals() as signals:
                 driver = _Driver(grid, place, planned, record, claim, signals, progress)
                 driver.run(todo)
-        done = sum(record.is_done(trial.id) for trial in planned)
+        done = len(planned) - len(not_done(out, planned))
         if part is None:
             layout.write_tables(out)
             if done == len(planned):
@@ -145,7 +144,7 @@ class _Driver:
         gpus = cards(torch.cuda.device_count())
         share = 0 if not gpus else 1 / max(1, -(-processes // gpus))
         kind: Any = ray.remote(num_cpus=1, num_gpus=share)(Worker)
-        threads = max(1, cores() // processes)
+        threads = threads_for(processes)
         room = memory.available() // (4 * min(processes, os.cpu_count() or 1))
 
         # Who has started gets a job; one hired on a node that is gone never does.

@@ -15,9 +15,8 @@ from rich.text import Text
 
 from ablation.claim import CLAIM, read_claim
 from ablation.layout import read_plan
-from ablation.parts import folders
+from ablation.parts import folders, rows_of
 from ablation.plan import Trial
-from ablation.record import Record
 from cluster.terminal import duration, err, out, summary
 
 _LINE_EVERY = 30.0  # s between lines in a log file
@@ -80,13 +79,11 @@ def status(out: Path) -> dict[str, Any]:
         UserError: no grid.
     """
     _, planned = read_plan(out)
-    rows: dict[str, dict[str, Any]] = {}
+    rows = rows_of(out)
     drivers: list[dict[str, Any]] = []
     running: dict[str, float] = {}
     processes = 0
     for place in (*folders(out), out):
-        own = Record(place).rows
-        rows |= {t: row for t, row in own.items() if row["status"] == "done" or t not in rows}
         if (claim := read_claim(place)) is not None:
             silent = round(max(0.0, time.time() - (place / CLAIM).stat().st_mtime), 1)
             driver = {name: claim[name] for name in ("host", "pid")} | {"silent_seconds": silent}

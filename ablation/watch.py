@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ablation.parts import folders
 from ablation.status import status
 from cluster.attempt import jobs_folder
 from cluster.config import build_config
@@ -124,7 +125,8 @@ def _grid(folder: Path) -> Standing | None:
         return None
     found = status(folder)
     said = f"{found['failed']} failed; at work: {', '.join(found['running']) or 'none known'}"
-    changed = _newest([folder / "grid.json", *folder.glob("*.jsonl")])
+    records = [path for place in (folder, *folders(folder)) for path in place.glob("*.jsonl")]
+    changed = _newest([folder / "grid.json", *records])
     return Standing("grid", folder, found["done"], found["trials"], "trials", said, changed)
 
 

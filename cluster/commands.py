@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -123,8 +124,11 @@ def _hold(ssh: Sequence[str]) -> None:
     """Run ssh until it ends, or somebody ends it.
 
     Raises:
+        UserError: there is none here.
         RunFailed: it ends by itself.
     """
+    if shutil.which("ssh") is None:
+        raise UserError("there is no ssh here", remedy="install OpenSSH's client")
     with suppress(KeyboardInterrupt):
         code = subprocess.run(ssh, check=False).returncode
         raise RunFailed(

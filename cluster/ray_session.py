@@ -68,6 +68,13 @@ def cores() -> int:
     return min(allowed, int(os.environ.get("SLURM_CPUS_ON_NODE") or allowed))
 
 
+def threads_for(processes: int) -> int:
+    """Threads of each of so many processes that share the work; no more than a node has cores."""
+    job = job_ray()
+    here = cores() if job is None else job.cores // job.nodes
+    return max(1, min(cores() // processes, here))
+
+
 def cards(here: int) -> int:
     """GPUs for the work: of the job's Ray, else those `here`."""
     job = job_ray()

@@ -8,8 +8,10 @@ file alone imports.
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,8 +37,8 @@ class Plan:
     site: Site
     nodes: int
     time: str
-    after: str | None = None
-    condition: str = "afterok"  # what must have become of `after`
+    after: str | None = None  # a job that must have succeeded
+    gathers: str | None = None  # an array that must have ended
     stamp: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f"))
 
     @property
@@ -51,9 +53,7 @@ class Plan:
         """The command, word by word."""
         found = ["sbatch", "--parsable", f"--nodes={self.nodes}", f"--time={check_time(self.time)}"]
         found += [*self.site.sbatch_options(self.verb), f"--output={_literally(self.log)}"]
-        if self.after is not None:
-            # A job whose condition can never be met would wait for ever.
-            found += [f"--dependency={self._dependency()}", "--kill-on-invalid-dep=yes"]
+        found += self._dependencies()
         return [*found, str(TEMPLATES / f"{self.verb}.sbatch"), *self.words]
 
     def shown(self) -> str:
@@ -91,16 +91,21 @@ class Plan:
         """Submit its `elements` as an array; its number.
 
         Raises:
-            UserError: SLURM refuses it.
+            UserError: SLURM refuses it, or would read more into the name of a folder than a name.
         """
         import submitit
 
+        if found := sorted({c for c in str(self.jobs) if c in "%'\"\\" or not c.isprintable()}):
+            raise UserError(
+                f"{str(self.jobs)!r}: an array cannot work below a folder with {found} in its name",
+                remedy="give another folder, or leave out --array",
+            )
         self.jobs.mkdir(parents=True, exist_ok=True)
         self.jobs.chmod(0o700)  # submitit keeps the callables in it
         executor = submitit.SlurmExecutor(folder=self.jobs / "%j", max_num_timeout=_TIMEOUTS)
-        options = dict(_split(word) for word in self.site.sbatch_options(self.verb))
+        words = [*self.site.sbatch_options(self.verb), *self._dependencies()]
+        options = dict(_split(word) for word in words)
         options.pop("signal")  # submitit sets its own
-        options |= {"dependency": self._dependency()} if self.after else {}
         executor.update_parameters(
             job_name=f"xtal-{self.verb}",
             nodes=1,
@@ -108,6 +113,7 @@ class Plan:
             ntasks_per_node=int(options.pop("ntasks_per_node")),
             cpus_per_task=int(options.pop("cpus_per_task")),
             array_parallelism=count,
+            signal_delay_s=self.site.warning_seconds,
             setup=list(self.site.setup),
             additional_parameters=options,
         )
@@ -122,8 +128,14 @@ class Plan:
         self._record(job, self.jobs / f"{job}_0" / f"{job}_0_0_log.out")
         return str(job)
 
-    def _dependency(self) -> str:
-        return f"{self.condition}:{self.after}"
+    def _dependencies(self) -> list[str]:
+        """Words for sbatch."""
+        found = [f"afterok:{self.after}"] if self.after is not None else []
+        found += [f"afterany:{self.gathers}"] if self.gathers is not None else []
+        if not found:
+            return []
+        # A job whose condition can never be met would wait for ever.
+        return [f"--dependency={','.join(found)}", "--kill-on-invalid-dep=yes"]
 
     def _record(self, job: str, log: Path) -> None:
         row: dict[str, Any] = {
@@ -152,9 +164,8 @@ class _Run:
     """What submitit calls, and asks for what to do after a time limit or a preemption."""
 
     def __call__(self, element: Element) -> int:
-        code = subprocess.run(
-            [sys.executable, "-m", "xtal", *element.words], check=False
-        ).returncode
+        self._child = subprocess.Popen([sys.executable, "-m", "xtal", *element.words])
+        code = self._child.wait()
         if code:
             raise RunFailed(
                 f"xtal {shlex.join(element.words)} ended with {code}", remedy="see above"
@@ -162,10 +173,14 @@ class _Run:
         return code
 
     def checkpoint(self, element: Element) -> Any:
-        """The same again: it goes on from what is on disk."""
+        """The same again, once the work has saved: it goes on from what is on disk."""
         import submitit
 
-        return submitit.helpers.DelayedSubmission(self, element)
+        self._child.send_signal(signal.SIGUSR1)
+        with suppress(ChildProcessError):  # it has ended
+            # Not Popen.wait, which this interrupts and whose lock it would wait for.
+            os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(_Run(), element)
 
 
 run_element = _Run()

@@ -16,6 +16,7 @@ from cluster.errors import RunFailed, UserError
 from cluster.files import write_text
 from cluster.preflight import preflight, probe_node
 from cluster.site import Site, check_time, read_site, write_setup
+from cluster.slurm import cancel
 from cluster.submit import Plan, resolved
 from cluster.terminal import AsJson, OptionsFile, complain, err, out, show_json
 
@@ -68,7 +69,7 @@ def submit_train(
     dry_run: DryRun = False,
     probe: Probe = False,
     array: Annotated[
-        int | None, typer.Option(help="Train this often instead, into RUN/seed-0, -1, …", min=1)
+        int | None, typer.Option(help="Train this often instead, into RUN/seed-0, -1, …", min=2)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +91,7 @@ def submit_ablate(
     probe: Probe = False,
     array: Annotated[
         int | None,
-        typer.Option(help="Run so many parts of it first, each a job of one node.", min=1),
+        typer.Option(help="Run so many parts of it first, each a job of one node.", min=2),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -175,6 +176,10 @@ def _submit(
     result = result.absolute()
     if after is not None and not after.replace("_", "").isdigit():
         raise UserError(f"--after {after}", remedy="give the number of a job")
+    if array is not None and any(word.partition("=")[0] == "--part" for word in words):
+        raise UserError(
+            "--array with --part: an array has all parts", remedy="leave out one of them"
+        )
     if verb == "train" and array is not None and nodes > 1:
         raise UserError(
             f"--array with --nodes {nodes}: an element has one node",
@@ -205,19 +210,27 @@ def _submit(
             out.print(expected, soft_wrap=True, highlight=False)
         return
     told = {}
-    if array is not None:
-        job = plan.submit_array(array)
-        if verb == "ablate":
-            told["array"] = job
-            if not as_json:
-                out.print(f"parts: job {job}", highlight=False)
-            job = replace(plan, after=job, condition="afterany").submit()
-    else:
+    if array is None:
         job = plan.submit()
+    else:
+        job = told["array"] = plan.submit_array(array)
+        if verb == "ablate":
+            job = _submit_gathering(plan, job)
+            if not as_json:
+                out.print(f"parts: job {told['array']}", highlight=False)
     if as_json:
         show_json(_as_dict(plan, job) | told)
         return
     out.print(f"{verb}: job {job}; xtal jobs {shlex.quote(str(result))} shows it", soft_wrap=True)
+
+
+def _submit_gathering(plan: Plan, array: str) -> str:
+    """The job that follows the parts of a grid; its number. Without it, there are no parts."""
+    try:
+        return replace(plan, gathers=array).submit()
+    except UserError:
+        cancel([array])
+        raise
 
 
 def _check(site: Site, result: Path, nodes: int, time: str, probe: bool = False) -> bool:

@@ -22,7 +22,7 @@ from featurization.addresses import checked_url, host_of, plain
 
 # Seconds to connect, and between two pieces of an answer. A query of a database can take a minute.
 TIMEOUT = (20.0, 120.0)
-# And for all pieces of an answer that is asked for as a whole: some servers drip for ever.
+# And for all pieces of an answer's body that is asked for as a whole: a server may drip for ever.
 LONGEST = 1200.0
 # An answer that is asked for as a whole, B: ten times a page of a thousand large structures.
 MAX_ANSWER = 256 << 20

@@ -12,9 +12,10 @@ from small import TINY, tiny
 from test_ablation import finished_by_hand, grid_file, large_grid
 from test_grid_kills import command, finish, until
 
+from ablation import claim
 from ablation.claim import CLAIM, _here, driving
 from ablation.grid import GridConfig, read_grid
-from ablation.parts import PARTS, Part
+from ablation.parts import PARTS, Part, rows_of
 from ablation.plan import fits_of, plan
 from ablation.record import PREDICTIONS, RECORD, Record
 from ablation.run import run_grid
@@ -30,7 +31,15 @@ def test_each_trial_is_in_one_part_with_its_training(count):
     assert sorted(t.id for part in parts for t in part) == sorted(t.id for t in planned)
     fits = [set(fits_of(part)) for part in parts]
     assert sum(map(len, fits)) == len(fits_of(planned))
-    assert max(map(len, fits)) - min(map(len, fits)) <= 1
+    assert max(map(len, fits)) - min(map(len, fits)) <= 2
+
+
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_no_part_has_most_of_the_tests(name):
+    grid = read_grid(Path(name), dataset="dataset")
+    planned = plan(grid, "0" * 64)
+    sizes = [len(Part(n, 3).of(planned)) for n in (1, 2, 3)]
+    assert max(sizes) < 1.5 * min(sizes), sizes
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0", "-1/2", "1/2/3"])
@@ -95,6 +104,40 @@ def test_a_grid_takes_up_what_its_parts_have_done(grid, tmp_path, monkeypatch):
     assert record.count(b"\n") == len(planned)
 
 
+def test_what_other_parts_have_done_is_not_done_again(grid, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finished_by_hand(grid, whole)
+    planned = divided(grid, whole, out, 3)
+    monkeypatch.setattr("ablation.run.ray_for", None)  # from here on, a trial would fail
+    for number in (1, 2):
+        mine = Part(number, 2)
+        assert run_grid(grid, out, part=mine)["skipped"] == len(mine.of(planned))
+    assert {row["status"] for row in rows_of(out).values()} == {"done"}
+    late = planned[0].identity | {"status": "failed", "error": "late"}
+    (another := Part(1, 2).folder(out)).mkdir()
+    Record(another).add(late)
+    assert rows_of(out)[planned[0].id]["status"] == "done"
+    (out / PARTS).rename(tmp_path / PARTS)
+    Record(out).add(planned[0].identity | {"status": "failed", "error": "early"})
+    another.mkdir(parents=True)
+    Record(another).add(late)
+    assert rows_of(out)[planned[0].id]["error"] == "late"
+
+
+def test_trainings_that_a_part_has_begun_are_gone_on_with(grid, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    planned = finished_by_hand(grid, whole)
+    divided(grid, whole, out, 2)
+    for name in (planned[0].fit.id, "stranger"):
+        begun = Part(2, 2).folder(out) / "fits" / name
+        begun.mkdir(parents=True)
+        (begun / "checkpoint").touch()
+    monkeypatch.setattr("ablation.run.ray_for", None)
+    run_grid(grid, out)
+    assert (out / "fits" / planned[0].fit.id / "checkpoint").exists()
+    assert not (out / "fits" / "stranger").exists()
+
+
 def test_damaged_predictions_of_a_part_are_not_taken_up(grid, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     finished_by_hand(grid, whole)
@@ -116,6 +159,11 @@ def test_a_part_at_work_is_left_alone(grid, tmp_path, monkeypatch):
     monkeypatch.setattr("cluster.files.time.sleep", lambda seconds: None)
     with driving(Part(1, 2).folder(out)), pytest.raises(UserError, match="another job is at work"):
         run_grid(grid, out)
+    monkeypatch.setattr(claim, "_is_dead", lambda there: False)
+    monkeypatch.setattr(claim, "_BEAT", 0.05)
+    with driving(out), pytest.raises(UserError, match="another driver is at work"):
+        run_grid(grid, out, part=Part(1, 2))
+    monkeypatch.undo()
     child = subprocess.Popen(["true"])
     child.wait()
     dead = {"token": "old", **_here(), "pid": child.pid}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.errors import Stopped, UserError
-from cluster.ray_session import cards, cores, ray_for
+from cluster.ray_session import cards, ray_for, threads_for
 from training.config import TrainingConfig
 from training.dataset import open_clouds
 from training.ensemble import fit_members
@@ -177,7 +177,7 @@ def _fit(
 
     try:
         workers = _workers(config.workers, gpus)
-        threads, size = max(1, cores() // config.workers), len(workers)
+        threads, size = threads_for(config.workers), len(workers)
         places = [str(each.resolve()) for each in (private / "meeting", dataset, run)]
         arguments = (*places, config, identity, resume, threads)
         title = f"{config.task} {config.model} seed {config.seed} rank"

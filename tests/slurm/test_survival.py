@@ -86,6 +86,41 @@ def test_preempted_by_a_higher_partition_it_saves_and_ends_the_same(
         assert (out / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
 
 
+def test_an_element_of_an_array_saves_and_is_taken_up_again(
+    slurm: Machines, place: Path, small: Path
+) -> None:
+    """SIGUSR2, as submitit has SLURM send it before the time limit."""
+    words = ["--task", "crystal_system", "--epochs", "80"]
+    runs = place / "a b $(touch owned)&"
+    submit = ["xtal", "submit", "train", small, runs, "--array", "2"]
+    submit += ["--site", slurm.shared / "site.toml", "--json", *words]
+    job = json.loads(slurm.run(*submit).stdout)["job"]
+    slurm.until((runs / "seed-0" / "history.csv").exists, "a training has begun", 60)
+    slurm.run("scancel", "--signal=USR2", f"{job}_0")
+    slurm.until(lambda: slurm.job(f"{job}_0")["Restarts"] == "1", "it is requeued", 60)
+    saved = read(runs / "seed-0" / "checkpoint.safetensors")[1]["position"]
+    assert (saved["epoch"], saved["step"]) > (0, 0)
+    assert not (runs / "seed-0" / "model.safetensors").exists()
+    slurm.run("xtal", "train", small, place / "undisturbed", *words)
+    slurm.until(lambda: slurm.run("squeue", "-h", "-j", job).stdout == "", "the array is done", 120)
+    for name in ("model.safetensors", "history.csv"):
+        found = (runs / "seed-0" / name).read_bytes()
+        assert found == (place / "undisturbed" / name).read_bytes()
+    assert (runs / "seed-1" / "metrics.json").exists()
+    assert not list(slurm.shared.rglob("owned"))
+
+
+def test_what_slurm_would_expand_in_a_name_is_refused_for_arrays(
+    slurm: Machines, place: Path, small: Path
+) -> None:
+    for name in ("50%a", "a\nb", "it's"):
+        words = ["xtal", "submit", "train", small, place / name, "--array", "2"]
+        done = slurm.run(*words, "--site", slurm.shared / "site.toml", check=False)
+        assert done.returncode == 2
+        assert "an array cannot work below a folder" in done.stderr
+    assert slurm.run("squeue", "-h").stdout == ""
+
+
 def test_no_progress_twice_is_the_end(slurm: Machines, place: Path) -> None:
     script = place / "stuck.sbatch"
     script.write_text(
