@@ -112,6 +112,11 @@ def nothing(slurm: Machines, job: str, work: Work, out: Path) -> str:
     return job
 
 
+def half(slurm: Machines, job: str, work: Work, out: Path) -> str:
+    """Nothing happens to work on half of the cores, whose threads round otherwise."""
+    return job
+
+
 def warned(slurm: Machines, job: str, work: Work, out: Path) -> str:
     """SIGUSR1 to the batch step, as before a time limit."""
     slurm.run("scancel", "--batch", "--signal=USR1", job)
@@ -203,7 +208,7 @@ def _set_limit(slurm: Machines, job: str, minutes: int) -> None:
 FAULTS = {
     each.__name__.replace("_", " "): each
     for each in (
-        nothing, warned, time_limit, time_out, preempted, cancelled, requeued, lost_node,
+        nothing, half, warned, time_limit, time_out, preempted, cancelled, requeued, lost_node,
         lost_first_node, neighbour, hostile_name,
     )
 }  # fmt: skip
@@ -232,7 +237,7 @@ def disturbed(slurm: Machines, work: Work, name: str, place: Path) -> Outcome:
     options = [f"--nodes={work.nodes}"]
     signals = {"time limit": "USR1", "time out": "URG"}  # which nobody hears
     options += [f"--signal=B:{signals[name]}@20"] if name in signals else []
-    options += work.half if name == "neighbour" else ()
+    options += work.half if name in ("half", "neighbour") else ()
     began = time.monotonic()
     job = submit(slurm, work, out, *options)
     slurm.until(lambda: work.begun(out), f"{place} began", 400)
@@ -286,16 +291,18 @@ def main() -> None:
         plan.write_text(GRID.format(dataset=json.dumps(str(dataset))))
         works = (featurizing(), training(dataset), grid(plan))
         wanted = [name for name in given.what if name in FAULTS] or [*FAULTS]
+        like = ("half",) if "neighbour" in wanted else ()
         for work in works:
             if {"demo", *(w.verb for w in works)} & {*given.what} and work.verb not in given.what:
                 continue
-            expected, usual = None, 0.0
-            for name in dict.fromkeys(("nothing", *wanted)):
+            undisturbed: dict[str, tuple[Any, float]] = {}
+            for name in dict.fromkeys(("nothing", *like, *wanted)):
                 place = slurm.shared / work.verb / name.replace(" ", "-")
                 found = [disturbed(slurm, work, name, place / str(n)) for n in range(given.times)]
                 seconds = statistics.median(each.seconds for each in found)
-                if expected is None:
-                    expected, usual = found[0].state, seconds
+                if name in ("nothing", "half"):
+                    undisturbed[name] = found[0].state, seconds
+                expected, usual = undisturbed["half" if name == "neighbour" else "nothing"]
                 equal = sum(each.state is not None and each.state == expected for each in found)
                 attempts = sorted(each.attempts for each in found)
                 count = (
