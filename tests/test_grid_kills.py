@@ -140,7 +140,7 @@ def session_folder(pids):
 
 @pytest.mark.slow
 def test_a_killed_grid_ends_with_each_trial_once(dataset, clouds, tmp_path, monkeypatch, capsys):
-    path = grid_file(tmp_path, dataset=str(dataset), training=TINY | {"epochs": 40})
+    path = grid_file(tmp_path, dataset=str(dataset), training=TINY | {"epochs": 25})
     grid, out = read_grid(path), tmp_path / "out"
     planned = plan(grid, read_manifest(dataset)["content_hash"])
     record = out / RECORD

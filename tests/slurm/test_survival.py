@@ -182,17 +182,11 @@ def test_a_failed_link_ends_the_chain(slurm: Machines, place: Path) -> None:
     assert [row["state"] for row in rows] == ["FAILED", "CANCELLED", "CANCELLED"]
 
 
-@pytest.mark.parametrize("how", ["template", "submitit"])
-def test_array_of_trainings(slurm: Machines, place: Path, small: Path, how: str) -> None:
+def test_array_of_trainings(slurm: Machines, place: Path, small: Path) -> None:
     words = ["--task", "crystal_system", "--model", "majority"]
-    if how == "template":
-        options = ["--array=0-1", f"--output={place}/log-%a", "--time=5"]
-        script = TEMPLATES / "train-array.sbatch"
-        job = slurm.sbatch(*options, script, small, place / "runs", *words)
-    else:
-        submit = ["xtal", "submit", "train", small, place / "runs", "--array", "2"]
-        done = slurm.run(*submit, "--site", slurm.shared / "site.toml", *words)
-        job = done.stdout.partition("train: job ")[2].partition(";")[0]
+    options = ["--array=0-1", f"--output={place}/log-%a", "--time=5"]
+    script = TEMPLATES / "train-array.sbatch"
+    job = slurm.sbatch(*options, script, small, place / "runs", *words)
     slurm.until(lambda: slurm.run("squeue", "-h", "-j", job).stdout == "", "the array is done", 120)
     for seed in range(2):
         config = json.loads((place / "runs" / f"seed-{seed}" / "config.json").read_text())
