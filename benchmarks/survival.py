@@ -37,7 +37,7 @@ arms = [
 ]
 [training]
 task = "crystal_system"
-epochs = 60
+epochs = 120
 width = 32
 """
 # Space, quotes, line break, a command, SLURM's own pattern, and what a URL would read.
@@ -103,7 +103,7 @@ def grid(path: Path) -> Work:
         ("--ntasks-per-node=1", "--cpus-per-task=2"),
         ("--cpus-per-task=1",),
         lambda out: [str(path), str(out)],
-        lambda out: (path := out / "record.jsonl").exists() and path.read_text().count("\n") > 2,
+        lambda out: (path := out / "record.jsonl").exists() and path.read_text() != "",
         state,
     )
 
@@ -180,7 +180,7 @@ def time_limit(slurm: Machines, job: str, work: Work, out: Path) -> str:
     """The limit comes within a minute or two, and SLURM's warning before it."""
     elapsed = seconds_of(slurm.job(job)["RunTime"])
     _set_limit(slurm, job, int(elapsed // 60) + 1)
-    slurm.until(lambda: slurm.job(job)["Restarts"] == "1", f"{job} is requeued", 200)
+    slurm.requeued(job)
     _set_limit(slurm, job, 20)
     return job
 
