@@ -175,7 +175,7 @@ def test_a_training_serves_several_trials():
         assert (trial.fit.arm, trial.fit.strength) == (
             ("none", None) if trial.mode == "test_only" else (trial.arm, trial.strength)
         )
-        assert trial.training.trees == (7 if trial.training.model == "boosted" else 1500)
+        assert trial.training.trees == (7 if trial.training.model == "boosted" else 3000)
         assert trial.training.threshold == {"bulk_modulus": 50.0}.get(trial.training.task)
     assert planned[0].arm == "none"
     scaled = {t.strength for t in planned if t.arm == "intensity_scaled"}

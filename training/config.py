@@ -46,7 +46,7 @@ class TrainingConfig(Config):
     """A finished run of the same network, with whose weights this one begins."""
     width: int | None = Field(default=None, ge=16, multiple_of=4)
     """Channels of a network's widest layers; None: 256 for pointnet and harmonic, else 64."""
-    trees: int = Field(default=1500, ge=1)
+    trees: int = Field(default=3000, ge=1)
     """Most trees a class of a boosted model; validation stops it earlier."""
     epochs: int = Field(default=10, ge=1)
     """Passes over the training set."""
