@@ -16,8 +16,8 @@ from training.config import TrainingConfig
 
 _PATIENCE = 150  # trees without a better validation loss after which boosting stops
 
-# Other depths are in benchmarks/results/2026-11-22-models.md, other rates in 2026-11-26-rate.md; the
-# rest was not varied.
+# Other depths are in benchmarks/results/2026-11-22-models.md, another rate in 2026-11-26-rate.md;
+# the rest was not varied.
 _SETTINGS: dict[str, Any] = {
     "tree_method": "hist",
     "eta": 0.03,
