@@ -116,6 +116,8 @@ class Attempt:
         self._folders, self._command = folders, command
         self._child: subprocess.Popen[bytes] | None = None
         self.received = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -129,10 +131,8 @@ class Attempt:
         Raises:
             RunFailed: the disk was full, or the file system out of reach, for too long.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
         while True:
-            self._wait_for_disks()
+            self.wait_for_disks()
             if self.received:
                 return 128 + self.received
             self._child = subprocess.Popen(self._command)
@@ -146,7 +146,12 @@ class Attempt:
     def _trouble(self) -> str | None:
         return next((found for each in self._folders if (found := trouble(each))), None)
 
-    def _wait_for_disks(self) -> None:
+    def wait_for_disks(self) -> None:
+        """Return once something can be written into each folder, or a signal has come.
+
+        Raises:
+            RunFailed: it cannot for too long.
+        """
         end, pause, said = time.monotonic() + WAIT, 1.0, ""
         while (found := self._trouble()) and not self.received:
             if found != said:
@@ -159,6 +164,16 @@ class Attempt:
                 )
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
+
+
+def _is_running(job: str) -> bool:
+    """Whether it has not been cancelled; a controller that does not answer is asked again."""
+    for pause in (0, 5, 10, 20, 40):
+        time.sleep(pause)
+        if (state := look(job).state) != "UNKNOWN":
+            return state == "RUNNING"
+    _say(f"SLURM does not say what became of job {job}: submit it again")
+    return False
 
 
 def _requeue(job: str) -> None:
@@ -185,6 +200,7 @@ def main() -> None:
     jobs, job = jobs_folder(result), os.environ.get("SLURM_JOB_ID", "")
     attempt = Attempt([jobs, Path(tempfile.gettempdir())], command)
     try:
+        attempt.wait_for_disks()
         jobs.mkdir(parents=True, exist_ok=True)
         if job:
             note_attempt(jobs, job, mark(result))
@@ -194,7 +210,7 @@ def main() -> None:
         # SLURM also warns of a preemption by SIGTERM; a cancelled job runs no more.
         if killed and not stopped and job:
             time.sleep(_SETTLE)
-        if (stopped or killed) and job and look(job).state == "RUNNING":
+        if (stopped or killed) and job and _is_running(job):
             _requeue(job)
     except (RunFailed, UserError) as error:
         sys.exit(f"xtal: {error}")

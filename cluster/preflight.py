@@ -41,17 +41,19 @@ def preflight(site: Site, jobs: Path, nodes: int, time: str) -> Iterator[Finding
 
 
 def probe_node(site: Site, jobs: Path, setup: dict[str, str]) -> Finding:
-    """Start one task on a compute node: are the folder and this Python there, does MPI start?
+    """Start two tasks on a compute node: are folder and Python there, do the ranks of MPI meet?
 
     It waits for a node at most two minutes.
     """
     script = (
         'if [ -n "${XTAL_SETUP:-}" ]; then . "$XTAL_SETUP"; fi; test -d "$0" || exit 3; '
-        "python -c 'import cluster.mpi, mpi4py.MPI' || exit 4; xtal --help >/dev/null || exit 4"
+        "python -c 'from cluster.mpi import ranks; ranks()' || exit 4; "
+        "xtal --help >/dev/null || exit 4"
     )
-    words = ["srun", "--nodes=1", "--ntasks=1", "--time=5", "--quiet", f"--mpi={site.mpi}"]
-    words += [f"--{k}={v}" for k in ("account", "partition", "qos") if (v := getattr(site, k))]
-    words += [f"--constraint={site.constraint}"] if site.constraint else []
+    tasks = min(2, site.cores_per_node)
+    words = ["srun", "--nodes=1", f"--ntasks={tasks}", "--time=5", "--quiet", f"--mpi={site.mpi}"]
+    names = ("account", "partition", "qos", "constraint", "reservation")
+    words += [f"--{name}={value}" for name in names if (value := getattr(site, name))]
     environment = os.environ | site.environment() | setup
     try:
         done = subprocess.run(

@@ -66,6 +66,12 @@ class Site(Config):
             raise ValueError("give each line of the setup as a string of its own")
         return lines
 
+    @property
+    def gpus(self) -> int:
+        """GPUs a node, however the site spells them."""
+        count = (self.gres or "").rpartition(":")[2]
+        return int(count) if count.isdigit() else max(self.gpus_per_node, int(bool(self.gres)))
+
     def sbatch_options(self, verb: str) -> list[str]:
         """Words for sbatch. Each value is part of one word, which no shell reads."""
         words = []

@@ -129,6 +129,7 @@ def submit_all(
     If one fails, those after it are cancelled; mend the reason and give the same command again.
     """
     sites = read_site(site)
+    _check_call(time, after)
     run = run.absolute()
     parts = [run / name for name in ("dataset", "train", "ablation")]
     dataset = str(parts[0])
@@ -138,7 +139,12 @@ def submit_all(
         "train": [dataset, str(parts[1]), "--task", task, *_config(training)],
         "ablate": [str(plan), str(parts[2]), "--dataset", dataset],
     }
-    if not _check(sites["featurize"], parts[0], nodes, time):
+    calls["train"] += _workers(sites["train"], nodes, calls["train"])
+    # Not only the first: a chain must not end where nobody looks.
+    checks = [
+        _check(sites[verb], part, nodes, time) for verb, part in zip(calls, parts, strict=True)
+    ]
+    if not all(checks):
         raise typer.Exit(1)
     if grid is None and not dry_run:
         write_text(plan, f'dataset = "dataset"\n\n[training]\ntask = {json.dumps(task)}\n')
@@ -172,10 +178,8 @@ def _submit(
     array: int | None = None,
 ) -> None:
     own = read_site(site_file)[verb]
-    check_time(time)
+    _check_call(time, after)
     result = result.absolute()
-    if after is not None and not after.replace("_", "").isdigit():
-        raise UserError(f"--after {after}", remedy="give the number of a job")
     if array is not None and any(word.partition("=")[0] == "--part" for word in words):
         raise UserError(
             "--array with --part: an array has all parts", remedy="leave out one of them"
@@ -186,8 +190,8 @@ def _submit(
             remedy="leave out one of the two",
         )
     words = list(words)
-    if verb == "train" and nodes > 1 and "--workers" not in words:
-        words += ["--workers", str(nodes * max(1, own.gpus_per_node))]
+    if verb == "train":
+        words += _workers(own, nodes, words)
     _check_words(context, verb, words)
     plan = Plan(verb, result, tuple(words), own, nodes, time, after)
     if not _check(own, result, nodes, time, probe):
@@ -222,6 +226,19 @@ def _submit(
         show_json(_as_dict(plan, job) | told)
         return
     out.print(f"{verb}: job {job}; xtal jobs {shlex.quote(str(result))} shows it", soft_wrap=True)
+
+
+def _check_call(time: str, after: str | None) -> None:
+    check_time(time)
+    if after is not None and not after.replace("_", "").isdigit():
+        raise UserError(f"--after {after}", remedy="give the number of a job")
+
+
+def _workers(site: Site, nodes: int, words: Sequence[str]) -> list[str]:
+    """Words that make a training use all nodes, unless `words` say how many workers it has."""
+    if nodes == 1 or any(word.partition("=")[0] == "--workers" for word in words):
+        return []
+    return ["--workers", str(nodes * max(1, site.gpus))]
 
 
 def _submit_gathering(plan: Plan, array: str) -> str:

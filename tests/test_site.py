@@ -1,13 +1,14 @@
 """The site file, what sbatch is told, and what SLURM answers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import ROOT, command
 
 from cluster.errors import UserError
 from cluster.ray_node import resources
-from cluster.site import VERBS, check_time, read_site
+from cluster.site import VERBS, Site, check_time, read_site
 from cluster.slurm import parse_sacct, parse_show_job, seconds_of
 from cluster.submit import Plan
 
@@ -70,6 +71,20 @@ def test_wrong_sites_are_refused(tmp_path: Path, text: str, said: str) -> None:
 )
 def test_times(time: str, seconds: float) -> None:
     assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("keys", "gpus"),
+    [
+        ({}, 0),
+        ({"gpus_per_node": 2}, 2),
+        ({"gres": "gpu:a100:4"}, 4),
+        ({"gres": "gpu:3"}, 3),
+        ({"gres": "gpu"}, 1),
+    ],
+)
+def test_gpus_are_counted_in_either_spelling(keys: dict[str, Any], gpus: int) -> None:
+    assert Site(**keys).gpus == gpus
 
 
 @pytest.mark.parametrize("time", ["", "an hour", "1h", "5:3", "; rm -rf /", "--x"])

@@ -39,15 +39,33 @@ def test_template_on_two_nodes_with_hostile_names(slurm: Machines, place: Path) 
     assert content(out) == content(place / "alone")
     logs = sorted(path.name for path in (out / "logs").iterdir())
     assert logs == [f"rank-{rank:05d}.log" for rank in range(4)]
-    nodes = {
-        line
-        for path in (out / "logs").iterdir()
-        for line in path.read_text().split()
-        if "node" in line
-    }
-    assert len(nodes) >= 0
     assert not list(place.rglob("owned"))
     assert not (slurm.shared / "owned").exists()
+
+
+def test_a_probe_finds_an_mpi_that_does_not_meet(slurm: Machines, place: Path) -> None:
+    for mpi, code in (("pmi2", 0), ("none", 1)):
+        site = place / f"{mpi}.toml"
+        site.write_text(f'cores_per_node = 2\nmpi = "{mpi}"\n')
+        words = ["xtal", "submit", "featurize", "prototypes:14", place / "data", "--site", site]
+        done = slurm.run(*words, "--dry-run", "--probe", check=False)
+        assert done.returncode == code, done.stderr
+    assert "the launcher started 2 processes, the MPI library sees 1" in done.stderr
+    assert "srun --mpi=list" in done.stderr
+
+
+def test_a_chain_uses_all_nodes_and_is_checked_before_it_begins(
+    slurm: Machines, place: Path
+) -> None:
+    words = ["xtal", "submit", "all", "prototypes:14", place / "run"]
+    words += ["--site", slurm.shared / "site.toml", "--dry-run", "--json"]
+    told = json.loads(slurm.run(*words, "--nodes", "2").stdout)
+    assert [each["verb"] for each in told] == ["featurize", "train", "ablate"]
+    assert told[1]["words"][-2:] == ["--workers", "2"]
+    for more, said in (("--time=abc", "give minutes"), ("--after=x", "the number of a job")):
+        done = slurm.run(*words, more, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
 
 
 def test_submit_records_shows_and_cancels(slurm: Machines, place: Path) -> None:
