@@ -66,7 +66,7 @@ def rows_of(out: Path) -> dict[str, dict[str, Any]]:
     for place in (out, *folders(out)):
         for trial, row in Record(place).rows.items():
             rank = row["status"] == "done", row["at"]
-            if trial not in found or rank > (found[trial]["status"] == "done", found[trial]["at"]):
+            if trial not in found or rank >= (found[trial]["status"] == "done", found[trial]["at"]):
                 found[trial] = row
     return found
 
