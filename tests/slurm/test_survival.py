@@ -154,9 +154,13 @@ def test_a_disk_that_is_full_for_a_while_delays_the_work(
 ) -> None:
     disk, log = place / "disk", place / "log"
     disk.mkdir()
+    # Of 17 MB in shards of 1 MB, which give back little room when the last ones fail.
+    (place / "small.toml").write_text("shard_structures = 200\n")
     slurm.on("node1", ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk])
     try:
-        job = featurizing(slurm, disk / "data", "--nodelist=node1", f"--output={log}")
+        words = ["--ntasks-per-node=2", "--time=5", "--nodelist=node1", f"--output={log}"]
+        words += [str(TEMPLATES / "featurize.sbatch"), SOURCE, str(disk / "data"), *OPTIONS]
+        job = slurm.sbatch(*words, "--config", place / "small.toml")
         said = f"cannot write to {disk}/data.jobs: No space left on device; waiting up to 600 s"
         slurm.until(lambda: log.exists() and said in log.read_text(), "the disk is full", 60)
         assert slurm.job(job)["JobState"] == "RUNNING"
