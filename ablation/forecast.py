@@ -12,7 +12,7 @@ from ablation.grid import REFERENCE, GridConfig
 from ablation.parts import Part, not_done
 from ablation.plan import Trial, fits_of, plan
 from cluster import memory
-from cluster.ray_session import cards, cores
+from cluster.ray_session import cards, cores, threads_for
 from cluster.terminal import duration, out, summary
 from featurization.manifest import read_manifest
 from training.config import ModelName
@@ -52,7 +52,7 @@ def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) ->
     task = max(parts, key=lambda name: len(parts[name].rows["train"]))
     processes = min(grid.processes or cores(), len(planned))
     threads, before = torch.get_num_threads(), memory.resident()
-    torch.set_num_threads(max(1, cores() // processes))
+    torch.set_num_threads(threads_for(processes))
     try:
         timed = {
             m: timed_training(data, grid.training_of(task, m, 0), parts[task])

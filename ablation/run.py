@@ -89,11 +89,12 @@ def run_grid(
             with StopSignals() as signals:
                 driver = _Driver(grid, place, planned, record, claim, signals, progress)
                 driver.run(todo)
-        done = len(planned) - len(not_done(out, planned))
         if part is None:
-            layout.write_tables(out)
+            done = layout.write_tables(out)
             if done == len(planned):
                 write_statistics(out, dataset=Path(grid.dataset))
+        else:
+            done = len(planned) - len(not_done(out, planned))
     return {"done": done, "failed": len(planned) - done, "skipped": len(planned) - len(todo)}
 
 
