@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from cluster.commands import register
 from cluster.config import build_config, read_toml
 from cluster.errors import RunFailed, Stopped, UserError
+from cluster.files import disk_explained
 from cluster.mpi import agree
 from cluster.mpi import ranks as mpi_ranks
 from cluster.terminal import (
@@ -618,14 +619,15 @@ register(app)
 
 
 def main() -> None:
-    """Entry point: exit code 0 on success, 2 for bad input, 1 for anything else."""
+    """Entry point: exit code 0 on success, 2 for bad input, 74 and 75 as `cluster.errors` says."""
     # Threads that wait for each other asleep: spinning makes a step four times slower as soon as
     # another process wants the cores. OpenMP reads this when torch is imported, in the verbs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        app(arguments)
+        with disk_explained():
+            app(arguments)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)

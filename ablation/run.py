@@ -29,7 +29,7 @@ from ablation.tables import write_statistics
 from ablation.variants import Source, Variants
 from ablation.worker import Failure, Shared, Worker
 from cluster import memory
-from cluster.errors import RunFailed, Stopped
+from cluster.errors import DiskFailed, RunFailed, Stopped
 from cluster.gauges import Gauges
 from cluster.provenance import commit
 from cluster.ray_session import cards, cores, ray_for, threads_for
@@ -39,6 +39,7 @@ from training.dataset import load
 from training.ensemble import folders
 from training.loop import MODEL
 
+_DISK = "make room and give the same command again; what is done is recorded"
 _LOOK = 2.0  # s between looks at how far trainings are
 
 
@@ -67,6 +68,7 @@ def run_grid(
         UserError: no dataset, no usable classes, `out` holds another grid, or another driver is at
             work there or in one of its parts.
         RunFailed: Ray lost its workers again and again, or another driver has taken over.
+        DiskFailed: in a worker; no trial is blamed for it.
         Stopped: by a signal; all that is done is recorded.
     """
     out = out.resolve()
@@ -150,12 +152,13 @@ class _Driver:
 
         # Who has started gets a job; one hired on a node that is gone never does.
         busy: dict[Any, tuple[Any, Job | None]] = {}  # without a job: it starts
+        places: dict[Any, str] = {}  # ids of the nodes of workers
         numbers = count(1)
 
         def hire() -> None:
             named = kind.options(name=f"{self._out.name}: worker {next(numbers)}")
             worker = named.remote(self._out, threads, room)
-            busy[worker.__ray_ready__.remote()] = worker, None
+            busy[worker.node.remote()] = worker, None
 
         def running() -> list[Job]:
             return [job for _, job in busy.values() if job is not None]
@@ -185,6 +188,7 @@ class _Driver:
                     answers = ray.get(reference)
                 except ray.exceptions.RayError as error:  # the worker itself is gone
                     lost += 1
+                    nodes = [each["NodeID"] for each in ray.nodes() if each["Alive"]]
                     if len(idle) + len(busy) < ray.cluster_resources().get("CPU", 0):
                         hire()
                     if lost > 3 * processes + 10:
@@ -192,12 +196,19 @@ class _Driver:
                             f"Ray lost {lost} workers in a row: {error}",
                             remedy="see whether memory or nodes fail; the same command goes on",
                         ) from None
+                    if job is None:
+                        continue
+                    if places[worker] not in nodes:  # which the job is not to blame for
+                        queue.ended(job)
+                        queue.back(job)
+                        continue
                     answers = Failure(f"{type(error).__name__}: {error}", hopeless=False)
                 else:
-                    lost = lost if job is None else 0
                     idle.append((worker, None if job is None else job.group))
-                if job is None:
-                    continue
+                    if job is None:
+                        places[worker] = answers
+                        continue
+                    lost = 0
                 queue.ended(job)
                 if isinstance(answers, Failure):
                     self._failed(queue, job, answers)
@@ -233,6 +244,8 @@ class _Driver:
     def _failed(self, queue: Queue, job: Job, failure: Failure) -> None:
         """Put a job back, or write down that its trials failed, and those that need its model."""
         self._claim.check()
+        if failure.disk:
+            raise DiskFailed(failure.traceback.strip().splitlines()[-1], remedy=_DISK)
         if job.fit is None and len(job.trials) > 1:  # one of them may be to blame
             for trial in job.trials:
                 queue.back(Job(None, (trial,), job.source, job.group))

@@ -22,6 +22,8 @@ from ablation.draws import Draws
 from ablation.perturbations import ARMS, strength_of
 from ablation.plan import Fit, Trial
 from cluster.errors import UserError
+from cluster.files import disk_failed
+from cluster.ray_session import this_node
 from training.config import ModelName, TrainingConfig
 from training.dataset import CloudSet
 from training.ensemble import Prepared, Trained, fit_members, folders, kinds, load_members, prepare
@@ -77,6 +79,7 @@ class Failure:
 
     traceback: str
     hopeless: bool  # a user must mend something: to try again helps nobody
+    disk: bool = False  # it is the disk's fault, not the trial's
 
 
 class Worker:
@@ -97,6 +100,10 @@ class Worker:
         self._drawless: set[tuple[str, float | None]] = set()
         self._gauges = TrainingGauges()
 
+    def node(self) -> str:
+        """The id of the node that it is on: it has started."""
+        return this_node()
+
     def attempt(
         self, fit: Fit | None, trials: list[Trial], base: Shared, own: Shared
     ) -> list[Answer] | Failure:
@@ -106,7 +113,7 @@ class Worker:
                 return self.test(trials, base, own)
             return self.train(fit, trials, base, own)
         except Exception as error:
-            return Failure(traceback.format_exc(), isinstance(error, UserError))
+            return Failure(traceback.format_exc(), isinstance(error, UserError), disk_failed(error))
 
     def train(self, fit: Fit, trials: list[Trial], base: Shared, own: Shared) -> list[Answer]:
         """A training, from its checkpoint if there is one, and the trials of its arm.

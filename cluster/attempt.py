@@ -6,8 +6,8 @@ Every command of `xtal` goes on from what is on disk, so that a job survives by 
   requeued once the command has stopped. So it is after SIGTERM, by which SLURM warns of preemption,
   unless the job was cancelled; and after a command that a signal ended, as `srun` says of a step
   when a node is lost or memory runs out.
-- A command that fails while the disk is full or the file system is out of reach is run again as
-  soon as it is not, within `WAIT` seconds.
+- A command that fails because the disk is full, over quota or out of reach (exit code 74), or while
+  it is, is run again as soon as it is not, within `WAIT` seconds of the last progress.
 - Two attempts of a job that left RESULT as they found it end the job, instead of a third.
 
 The attempts of a job are lines of `RESULT.jobs/attempts.jsonl`.
@@ -20,22 +20,22 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from cluster.errors import RunFailed, UserError
+from cluster.errors import DiskFailed, RunFailed, Stopped, UserError
 from cluster.files import append_line, whole_lines
 from cluster.slurm import look
 
 ATTEMPTS = "attempts.jsonl"
 WAIT = 600.0  # longest wait for a full disk or a file system out of reach, s
-_REQUEUE = 75  # exit code of a command that a signal stopped with all work safe
+_REQUEUE = Stopped.exit_code
+_DISK = DiskFailed.exit_code
 _BAD_INPUT = 2
 # What a killed step leaves on other nodes has gone by then; a new one met it and died of it.
 _SETTLE = 10.0  # s
@@ -110,10 +110,17 @@ def trouble(folder: Path, patience: float = 20.0) -> str | None:
 
 
 class Attempt:
-    """Runs a command, passes signals on to it, and runs it again after trouble with a disk."""
+    """Runs a command, passes signals on to it, and runs it again after trouble with a disk.
 
-    def __init__(self, folders: Sequence[Path], command: Sequence[str]) -> None:
-        self._folders, self._command = folders, command
+    Args:
+        folders: where the command must be able to write.
+        mark: something else once there was progress.
+    """
+
+    def __init__(
+        self, folders: Sequence[Path], command: Sequence[str], mark: Callable[[], str] = str
+    ) -> None:
+        self._folders, self._command, self._mark = folders, command, mark
         self._child: subprocess.Popen[bytes] | None = None
         self.received = 0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -131,8 +138,9 @@ class Attempt:
         Raises:
             RunFailed: the disk was full, or the file system out of reach, for too long.
         """
+        found, end, pause = None, 0.0, 1.0
+        self.wait_for_disks()
         while True:
-            self.wait_for_disks()
             if self.received:
                 return 128 + self.received
             self._child = subprocess.Popen(self._command)
@@ -140,8 +148,24 @@ class Attempt:
                 self._child.send_signal(signal.SIGUSR1)
             code = self._child.wait()
             code = code if code >= 0 else 128 - code
-            if code in (0, _REQUEUE, _BAD_INPUT) or self.received or not self._trouble():
+            if code in (0, _REQUEUE, _BAD_INPUT) or self.received:
                 return code
+            if code != _DISK and not self._trouble():
+                return code
+            self.wait_for_disks()
+            # It may have given back its room, and need as much again.
+            if (now := self._mark()) != found:
+                found, end, pause = now, time.monotonic() + WAIT, 1.0
+            if time.monotonic() + pause > end:
+                return code
+            _say(f"the command failed for its disk (exit code {code}); again in {pause:.0f} s")
+            self._rest(pause)
+            pause = min(2 * pause, 60.0)
+
+    def _rest(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self.received and time.monotonic() < end:
+            time.sleep(0.2)
 
     def _trouble(self) -> str | None:
         return next((found for each in self._folders if (found := trouble(each))), None)
@@ -197,8 +221,9 @@ def main() -> None:
     if len(sys.argv) < 4 or sys.argv[2] != "--":
         sys.exit("usage: python -m cluster.attempt RESULT -- COMMAND …")
     result, command = Path(sys.argv[1]), sys.argv[3:]
+    temporary = Path(os.environ.get("TMPDIR") or "/tmp")  # tempfile would pass over a full one
     jobs, job = jobs_folder(result), os.environ.get("SLURM_JOB_ID", "")
-    attempt = Attempt([jobs, Path(tempfile.gettempdir())], command)
+    attempt = Attempt([jobs, temporary], command, lambda: mark(result))
     try:
         attempt.wait_for_disks()
         jobs.mkdir(parents=True, exist_ok=True)

@@ -39,5 +39,14 @@ class Stopped(RunFailed):
     exit_code = 75
 
 
+class DiskFailed(RunFailed):
+    """No room or no quota left, or a file system out of reach: the same command goes on later.
+
+    The command line exits with 74 (EX_IOERR of sysexits.h), at which batch jobs wait and go on.
+    """
+
+    exit_code = 74
+
+
 def _rebuilt(kind: type[_Explained], problem: str, remedy: str) -> _Explained:
     return kind(problem, remedy=remedy)

@@ -1,5 +1,6 @@
 """Files that are either whole or absent: temporary name, fsync, rename."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -10,7 +11,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cluster.errors import UserError
+from cluster.errors import DiskFailed, UserError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OUT_OF_REACH = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN}
+
+
+def disk_failed(error: BaseException | None) -> bool:
+    """Whether it is the disk's fault: full, over quota, out of reach."""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM | _OUT_OF_REACH
+
+
+@contextmanager
+def disk_explained(folder: Path | None = None) -> Iterator[None]:
+    """Turn what is the disk's fault into a `DiskFailed`.
+
+    Args:
+        folder: what to name if the error names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not disk_failed(error):
+            raise
+        place = error.filename or folder or "the disk"
+        mend = "make room" if error.errno in _NO_ROOM else "see to the file system"
+        raise DiskFailed(
+            f"cannot read or write {place}: {error.strerror}",
+            remedy=f"{mend} and give the same command again; what is committed is kept",
+        ) from error
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.errors import RunFailed, Stopped, UserError
+from cluster.errors import DiskFailed, RunFailed, Stopped, UserError
+from cluster.files import disk_failed
 
 # What each launcher says of the number of processes that it started.
 _LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -39,7 +40,10 @@ class Ranks(Protocol):
         """A new board with rows of `width` numbers; every rank calls this."""
 
     def abort(self) -> None:
-        """End every rank at once, after the traceback of the current exception is printed."""
+        """End every rank at once, after the traceback of the current exception is printed.
+
+        The exit code is that of `DiskFailed` if it is the disk's fault, else 1.
+        """
 
 
 class Board(Protocol):
@@ -187,7 +191,8 @@ class MpiRanks:
         sys.stderr.write(f"rank {self.rank} of {self.size} failed:\n{traceback.format_exc()}")
         sys.stderr.flush()
         time.sleep(0.5)  # the launcher forwards it, but not once it is told to abort
-        self._communicator.Abort(1)
+        disk = disk_failed(sys.exception())
+        self._communicator.Abort(DiskFailed.exit_code if disk else 1)
 
 
 def ranks() -> Ranks:

@@ -12,7 +12,7 @@ from pathlib import Path
 from cluster.attempt import trouble
 from cluster.errors import RunFailed, UserError
 from cluster.site import Site
-from cluster.slurm import partition_limits, seconds_of
+from cluster.slurm import Kind, node_kinds, partition_limits, seconds_of
 
 # Folders of these kinds are seen by one machine alone.
 _LOCAL = {"tmpfs", "ramfs", "devtmpfs", "overlay"}
@@ -29,14 +29,14 @@ class Finding:
     fatal: bool = False  # the job would fail for certain
 
 
-def preflight(site: Site, jobs: Path, nodes: int, time: str) -> Iterator[Finding]:
+def preflight(site: Site, verb: str, jobs: Path, nodes: int, time: str) -> Iterator[Finding]:
     """Check the folder, the file system, the limits of the partition and the Python of the jobs."""
     if (found := trouble(jobs)) is not None:
         yield Finding("folder", found, "give a folder that you may write to, or make room", True)
         return
     yield _file_system(jobs)
     yield _locks(jobs)
-    yield from _limits(site, nodes, time)
+    yield from _limits(site, verb, nodes, time)
     yield _python()
 
 
@@ -46,9 +46,10 @@ def probe_node(site: Site, jobs: Path, setup: dict[str, str]) -> Finding:
     It waits for a node at most two minutes.
     """
     script = (
-        'if [ -n "${XTAL_SETUP:-}" ]; then . "$XTAL_SETUP"; fi; test -d "$0" || exit 3; '
-        "python -c 'from cluster.mpi import ranks; ranks()' || exit 4; "
-        "xtal --help >/dev/null || exit 4"
+        'if [ -n "${XTAL_SETUP:-}" ]; then . "$XTAL_SETUP"; fi; '
+        'in=${XTAL_CONTAINER:+"$XTAL_CONTAINER"}; ${in:+"$in"} test -d "$0" || exit 3; '
+        "${in:+\"$in\"} python -c 'from cluster.mpi import ranks; ranks()' || exit 4; "
+        '${in:+"$in"} xtal --help >/dev/null || exit 4'
     )
     tasks = min(2, site.cores_per_node)
     words = ["srun", "--nodes=1", f"--ntasks={tasks}", "--time=5", "--quiet", f"--mpi={site.mpi}"]
@@ -111,10 +112,11 @@ def _locks(jobs: Path) -> Finding:
         os.close(descriptor)
 
 
-def _limits(site: Site, nodes: int, time: str) -> Iterator[Finding]:
+def _limits(site: Site, verb: str, nodes: int, time: str) -> Iterator[Finding]:
     name = site.partition or "the default partition"
     try:
         found = partition_limits(site.partition)
+        kinds = node_kinds(found.get("PartitionName"))
     except (RunFailed, UserError) as error:
         yield Finding("SLURM", error.problem, error.remedy, True)
         return
@@ -128,8 +130,41 @@ def _limits(site: Site, nodes: int, time: str) -> Iterator[Finding]:
     least = min(have, int(limit)) if limit.isdigit() else have
     if nodes > least:
         yield Finding("nodes", f"{name} gives at most {least}", f"use --nodes {least}", True)
-    else:
-        yield Finding("partition", f"{name}: {have} nodes, at most {most}")
+        return
+    caps = {"cores": found.get("MaxCPUsPerNode", ""), "memory": found.get("MaxMemPerNode", "")}
+    capped = {what: int(text) for what, text in caps.items() if text.isdigit()}
+    yield _size(site, verb, nodes, name, kinds, capped) or Finding(
+        "partition", f"{name}: {have} nodes, at most {most}"
+    )
+
+
+def _size(
+    site: Site, verb: str, nodes: int, name: str, kinds: list[Kind], capped: dict[str, int]
+) -> Finding | None:
+    """What of a node is asked for that too few nodes have, even if all were free.
+
+    Args:
+        capped: most of a node that the partition gives to a job.
+    """
+    remedy = "change {} in the site file, choose another partition, or ask for fewer nodes"
+    if (wanted := site.constraint) and wanted.isidentifier():  # else an expression of them
+        kinds = [kind for kind in kinds if wanted in kind.features]
+        if (count := sum(kind.nodes for kind in kinds)) < nodes:
+            said = f"{count} of the nodes of {name} have constraint = {wanted}"
+            return Finding("constraint", said, remedy.format("constraint"), True)
+    fit = kinds
+    for what, key, least in (
+        ("cores", "cores_per_node", site.cores_per_node),
+        ("memory", "memory_per_node", site.memory),
+        ("gpus", "gpus_per_node", 0 if verb == "featurize" else site.gpus),
+    ):
+        has = {kind: min(getattr(kind, what), capped.get(what, 1 << 62)) for kind in kinds}
+        fit = [kind for kind in fit if has[kind] >= least]
+        if (count := sum(kind.nodes for kind in fit)) < nodes:
+            most = max(has.values())
+            said = f"{count} of the nodes of {name} have {key} = {least}; the most is {most}"
+            return Finding(what, said, remedy.format(key), True)
+    return None
 
 
 def _python() -> Finding:

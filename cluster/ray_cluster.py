@@ -54,7 +54,9 @@ class _Node:
         self._said = b""
         cpus = os.environ.get("SLURM_CPUS_ON_NODE", "1")
         words = [*_SRUN, f"--nodelist={name}", f"--cpus-per-task={cpus}"]
-        words += [sys.executable, "-m", "cluster.ray_node", *arguments]
+        container = os.environ.get("XTAL_CONTAINER")
+        words += [container, "python"] if container else [sys.executable]
+        words += ["-m", "cluster.ray_node", *arguments]
         environment = {k: v for k, v in os.environ.items() if k != "SLURM_CPU_BIND"}
         with log.open("ab") as stream:
             self._process = subprocess.Popen(

@@ -79,20 +79,8 @@ def own_address(peer: str) -> tuple[str, str]:
 def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
     has = resources(os.environ)
     address, interface = own_address(peer)
-    words = [*_RAY, "start", f"--node-ip-address={address}"]
-    words += [f"--num-cpus={has['cores']}", f"--num-gpus={has['cards']}"]
-    words += [f"--object-store-memory={has['store']}", f"--memory={has['memory'] - has['store']}"]
-    words += ["--disable-usage-stats"]
     # Ray's endpoint for Prometheus listens on all interfaces and asks for no token.
-    port = _free_port(address) if job_metrics() else None
-    words += [] if port is None else [f"--metrics-export-port={port}"]
-    # The kernel chooses the ports, so that neighbours on a node never meet.
-    words += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-    if head is None:
-        words += ["--head", "--port=0", f"--ray-client-server-port={_free_port(address)}"]
-        words += ["--dashboard-host=127.0.0.1", f"--dashboard-port={_free_port('127.0.0.1')}"]
-    else:
-        words += [f"--address={head}"]
+    metrics = job_metrics()
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
@@ -105,11 +93,16 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         "NCCL_SOCKET_IFNAME": interface,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         **_HEALTH,
-        **metrics_settings(port is not None),
+        **metrics_settings(metrics),
     }
     for attempt in range(_ATTEMPTS):
-        own = folder / f"ray{attempt}"
-        log = folder / f"start{attempt}.log"
+        own, log = folder / f"ray{attempt}", folder / f"start{attempt}.log"
+        # Ports that are free now; should a neighbour take one first, the next attempt has others.
+        ports = {"metrics-export-port": _free_port(address)} if metrics else {}
+        if head is None:
+            ports["ray-client-server-port"] = _free_port(address)
+            ports["dashboard-port"] = _free_port("127.0.0.1")
+        words = _words(address, has, head) + [f"--{name}={port}" for name, port in ports.items()]
         with log.open("wb") as stream:
             done = subprocess.run(
                 [*words, f"--temp-dir={own}"],
@@ -120,21 +113,34 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
                 check=False,
             )
         said = log.read_text(errors="replace").strip()
-        if done.returncode == 0 or "timed out during startup" not in said:
+        # Without the port of its dashboard, Ray starts without a dashboard.
+        taken = "Failed to bind to" in said
+        if (done.returncode == 0 and not taken) or not (taken or "timed out" in said):
             break
         _end_all()
     if done.returncode:
         lines = "\n".join(said.splitlines()[-15:])
         raise RunFailed(f"ray start failed:\n{lines}", remedy="see these lines")
     current = own / "ray_current_cluster"
-    ports = [word.rpartition("=")[2] for word in words if word.startswith("--dashboard-port=")]
     return has | {
         "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         "address": current.read_text().strip() if head is None else head,
         "folder": str(folder),
-        "dashboard": int(ports[0]) if ports else 0,
-        "metrics": None if port is None else f"{address}:{port}",
+        "dashboard": ports.get("dashboard-port", 0),
+        "metrics": f"{address}:{ports['metrics-export-port']}" if metrics else None,
     }
+
+
+def _words(address: str, has: Mapping[str, int], head: str | None) -> list[str]:
+    words = [*_RAY, "start", f"--node-ip-address={address}"]
+    words += [f"--num-cpus={has['cores']}", f"--num-gpus={has['cards']}"]
+    words += [f"--object-store-memory={has['store']}", f"--memory={has['memory'] - has['store']}"]
+    words += ["--disable-usage-stats"]
+    # The kernel chooses most ports, so that neighbours on a node never meet.
+    words += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+    if head is not None:
+        return [*words, f"--address={head}"]
+    return [*words, "--head", "--port=0", "--dashboard-host=127.0.0.1"]
 
 
 def _free_port(address: str) -> int:

@@ -81,6 +81,13 @@ def cards(here: int) -> int:
     return here if job is None else job.cards
 
 
+def this_node() -> str:
+    """Ray's id of the node that this process, one of Ray's, is on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
 @contextmanager
 def ray_for(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
     """Ray for the duration of a `with` block: the batch job's, or else a private one.
@@ -121,7 +128,7 @@ def private_folder(token: str) -> Iterator[Path]:
     What a killed process left is removed by the next one.
     """
     _remove_orphans()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_temporary()))
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -225,9 +232,18 @@ def _leave(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
+def _temporary() -> Path:
+    """TMPDIR if it is short enough: the path of a socket has 107 bytes, of which Ray wants 87."""
+    wanted = Path(os.environ.get("TMPDIR") or "/tmp")
+    if not wanted.is_absolute() or len(os.fsencode(wanted)) > 20:
+        return Path("/tmp")
+    wanted.mkdir(parents=True, exist_ok=True)
+    return wanted
+
+
 def _remove_orphans() -> None:
     """Remove the folders of sessions whose process is gone: the kernel has dropped its lock."""
-    for folder in Path("/tmp").glob(f"{_PREFIX}*"):
+    for folder in _temporary().glob(f"{_PREFIX}*"):
         try:
             # The token is written under the lock, so a folder without one may still be starting.
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():

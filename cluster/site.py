@@ -1,6 +1,7 @@
 """What a cluster is like: the site file, and the options that it gives to sbatch."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from pydantic import Field, field_validator
 
 from cluster.config import Config, build_config, read_toml
 from cluster.errors import UserError
+from cluster.files import write_text
 
 VERBS = ("featurize", "train", "ablate")
 _TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
@@ -38,6 +40,10 @@ class Site(Config):
     """srun --mpi: what mpi4py's MPI speaks; the MPI of pip install mpich speaks pmi2."""
     setup: tuple[str, ...] = ()
     """Shell lines before the work: module load, source …/bin/activate."""
+    container: tuple[str, ...] = ()
+    """Words that run what follows them in a container, such as apptainer exec IMAGE."""
+    scratch: str | None = Field(default=None, pattern="^/")
+    """Folder of each node for temporary files, instead of /tmp."""
     options: tuple[str, ...] = ()
     """Further options of sbatch, a word each, such as --exclusive."""
     warning_seconds: int = Field(default=120, ge=10, le=3600)
@@ -66,11 +72,25 @@ class Site(Config):
             raise ValueError("give each line of the setup as a string of its own")
         return lines
 
+    @field_validator("container")
+    @classmethod
+    def _container(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        if len(words) == 1 and " " in words[0]:
+            raise ValueError(f"give a list of words: {shlex.split(words[0])}")
+        return words
+
     @property
     def gpus(self) -> int:
         """GPUs a node, however the site spells them."""
         count = (self.gres or "").rpartition(":")[2]
         return int(count) if count.isdigit() else max(self.gpus_per_node, int(bool(self.gres)))
+
+    @property
+    def memory(self) -> int:
+        """Memory a node in MiB; 0: all of it, or what the partition gives."""
+        text = self.memory_per_node or "0"
+        scale = {"K": 2**-10, "M": 1, "G": 2**10, "T": 2**20}.get(text[-1], 1)
+        return int(int(text.rstrip("KMGT")) * scale)
 
     def sbatch_options(self, verb: str) -> list[str]:
         """Words for sbatch. Each value is part of one word, which no shell reads."""
@@ -91,9 +111,10 @@ class Site(Config):
         return [*words, f"--signal=B:USR1@{self.warning_seconds}", *self.options]
 
     def environment(self) -> dict[str, str]:
-        """Variables that the templates read."""
+        """Variables that the templates, and programs on the nodes, read."""
         found: dict[str, str] = {"XTAL_MPI": self.mpi}
         found |= {"XTAL_RAY_METRICS": "1"} if self.metrics else {}
+        found |= {"TMPDIR": self.scratch} if self.scratch else {}
         return found | ({"XTAL_RAY_INTERFACE": self.interface} if self.interface else {})
 
 
@@ -127,14 +148,20 @@ def check_time(time: str) -> str:
 
 
 def write_setup(site: Site, folder: Path) -> dict[str, str]:
-    """Write the site's setup lines where jobs source them; the variable that names the file."""
-    if not site.setup:
-        return {}
-    from cluster.files import write_text
+    """Write the site's setup lines and its container where jobs find them; variables that say so.
 
-    path = folder / "setup.sh"
-    write_text(path, "\n".join([*site.setup, ""]))
-    return {"XTAL_SETUP": str(path)}
+    `container.sh` runs its arguments in the container, so that a template needs no words of it.
+    """
+    found = {}
+    if site.setup:
+        write_text(folder / "setup.sh", "\n".join([*site.setup, ""]))
+        found["XTAL_SETUP"] = str(folder / "setup.sh")
+    if site.container:
+        path = folder / "container.sh"
+        write_text(path, f'#!/bin/sh\nexec {shlex.join(site.container)} "$@"\n')
+        path.chmod(0o755)
+        found["XTAL_CONTAINER"] = str(path)
+    return found
 
 
 def describe(site: Site) -> dict[str, Any]:

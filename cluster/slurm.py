@@ -145,6 +145,34 @@ def partition_limits(name: str | None) -> dict[str, str]:
     return {}
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Nodes of a partition that are alike."""
+
+    nodes: int
+    cores: int  # as SLURM counts CPUs
+    memory: int  # MiB
+    gpus: int
+    features: frozenset[str]  # that a constraint can ask for
+
+
+def node_kinds(partition: str | None) -> list[Kind]:
+    """What the nodes of a partition have, whatever their state."""
+    if partition is None:
+        return []
+    rows = ask(["sinfo", "-h", "-p", partition, "-o", "%D %c %m %G %f"]).splitlines()
+    return [parse_kind(row) for row in rows if row.strip()]
+
+
+def parse_kind(row: str) -> Kind:
+    """A line of `sinfo -o "%D %c %m %G %f"`."""
+    nodes, cores, memory, gres, features = row.split(maxsplit=4)
+    # gpu:a100:4(S:0-1),gpu:2 … or (null); a + after a number says that there are larger ones.
+    gpus = sum(int(found) for found in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
+    known = frozenset(features.split(","))
+    return Kind(int(nodes), int(cores.rstrip("+")), int(memory.rstrip("+")), gpus, known)
+
+
 def seconds_of(time: str) -> float:
     """Seconds of a time limit as SLURM writes it: MM, MM:SS, HH:MM:SS, D-HH:MM:SS, UNLIMITED."""
     if time in ("UNLIMITED", "INFINITE"):

@@ -60,6 +60,8 @@ class Plan:
         """The command and what it finds in its environment, as a shell would take them."""
         names = [f"{k}={shlex.quote(v)}" for k, v in self.site.environment().items()]
         lines = [" ".join([*names, shlex.join(self.sbatch())])]
+        if self.site.container:
+            lines += [f"in the container of: {shlex.join(self.site.container)}"]
         if self.site.setup:
             lines += ["before the work, from the site file:", *(f"  {s}" for s in self.site.setup)]
         return "\n".join(lines)
@@ -102,6 +104,7 @@ class Plan:
             )
         self.jobs.mkdir(parents=True, exist_ok=True)
         self.jobs.chmod(0o700)  # submitit keeps the callables in it
+        more = write_setup(self.site, self.jobs)
         executor = submitit.SlurmExecutor(folder=self.jobs / "%j", max_num_timeout=_TIMEOUTS)
         words = [*self.site.sbatch_options(self.verb), *self._dependencies()]
         options = dict(_split(word) for word in words)
@@ -114,10 +117,12 @@ class Plan:
             cpus_per_task=int(options.pop("cpus_per_task")),
             array_parallelism=count,
             signal_delay_s=self.site.warning_seconds,
-            setup=list(self.site.setup),
+            setup=[f"export {k}={shlex.quote(v)}" for k, v in self.site.environment().items()]
+            + list(self.site.setup),
             additional_parameters=options,
         )
-        chunks = [Element((self.verb, *words)) for words in self.elements(count)]
+        run = ["xtal"] if not self.site.container else [more["XTAL_CONTAINER"], "xtal"]
+        chunks = [Element(words[1], (*run, self.verb, *words)) for words in self.elements(count)]
         try:
             jobs = executor.map_array(run_element, chunks)
         except submitit.core.utils.FailedJobError as error:
@@ -155,8 +160,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """Words of `xtal` that one element of an array runs."""
+    """What one element of an array runs, and its result."""
 
+    result: str
     words: tuple[str, ...]
 
 
@@ -164,12 +170,13 @@ class _Run:
     """What submitit calls, and asks for what to do after a time limit or a preemption."""
 
     def __call__(self, element: Element) -> int:
-        self._child = subprocess.Popen([sys.executable, "-m", "xtal", *element.words])
+        # Requeueing is submitit's part, waiting for a full disk that of an attempt.
+        environment = {k: v for k, v in os.environ.items() if k != "SLURM_JOB_ID"}
+        words = [sys.executable, "-m", "cluster.attempt", element.result, "--", *element.words]
+        self._child = subprocess.Popen(words, env=environment)
         code = self._child.wait()
         if code:
-            raise RunFailed(
-                f"xtal {shlex.join(element.words)} ended with {code}", remedy="see above"
-            )
+            raise RunFailed(f"{shlex.join(element.words)} ended with {code}", remedy="see above")
         return code
 
     def checkpoint(self, element: Element) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RunFailed, Stopped, UserError
-from cluster.files import exclusive
+from cluster.files import disk_explained, exclusive
 from cluster.mpi import Ranks, agree, on_rank_0
 from featurization.config import FeaturizationConfig
 from featurization.duplicates import duplicates
@@ -21,7 +21,7 @@ from featurization.journal import committed_shards
 from featurization.logs import RankLog
 from featurization.resume import begin
 from featurization.sources import open_source
-from featurization.worker import WIDTH, Progress, Worker, full_disk_explained
+from featurization.worker import WIDTH, Progress, Worker
 
 
 def featurize(
@@ -87,7 +87,7 @@ def featurize_held(
             doubles = duplicates(out, rows, ranks)
 
             def end() -> dict[str, Any]:
-                with full_disk_explained(out):
+                with disk_explained(out):
                     return finish(source, out, config, start, doubles)
 
             return on_rank_0(ranks, end)
@@ -102,7 +102,8 @@ def hold(out: Path, held: ExitStack) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file", remedy="give the path of a new folder")
     try:
-        held.enter_context(exclusive(out))
+        with disk_explained(out):
+            held.enter_context(exclusive(out))
     except OSError as error:
         reason = f"cannot write to {out}: {error.strerror}"
         raise UserError(reason, remedy="give another folder, or make room") from None

@@ -13,7 +13,7 @@ import numpy as np
 
 from cluster.config import build_config
 from cluster.errors import UserError
-from cluster.files import sha256_of
+from cluster.files import disk_explained, sha256_of
 from cluster.mpi import Ranks, on_rank_0
 from featurization import journal
 from featurization.account import read_rejects, rejected_records, unaccounted
@@ -28,7 +28,7 @@ from featurization.records import Source
 from featurization.resume import absolute, set_aside, write_known_ids
 from featurization.shards import read_ids
 from featurization.sources import open_source
-from featurization.worker import Progress, full_disk_explained
+from featurization.worker import Progress
 
 
 def repair(
@@ -54,7 +54,7 @@ def repair(
     Raises:
         UserError: a source is gone, or is not what it was.
     """
-    with ExitStack() as held, full_disk_explained(folder):
+    with ExitStack() as held, disk_explained(folder):
         on_rank_0(ranks, lambda: hold(folder, held))
         plan = on_rank_0(ranks, lambda: read_plan(folder))
         if plan is not None:  # an append, or a repair, that did not end

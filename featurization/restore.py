@@ -10,13 +10,14 @@ from pathlib import Path
 
 from cluster.config import build_config
 from cluster.errors import UserError
+from cluster.files import disk_explained
 from cluster.mpi import Ranks, on_rank_0
 from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize_held, hold
 from featurization.journal import read_plan
 from featurization.manifest import is_first_run, read_copy, read_manifest, write_manifest
 from featurization.resume import set_aside
-from featurization.worker import Progress, full_disk_explained
+from featurization.worker import Progress
 
 
 def restore(
@@ -40,7 +41,7 @@ def restore(
     """
     if on_rank_0(ranks, lambda: _is_whole(folder)):
         return False
-    with ExitStack() as held, full_disk_explained(folder):
+    with ExitStack() as held, disk_explained(folder):
         on_rank_0(ranks, lambda: hold(folder, held))
         if on_rank_0(ranks, lambda: _from_copy(folder)):
             return True

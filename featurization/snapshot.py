@@ -10,7 +10,6 @@ While `OUT` is fetched it grows in the folder `OUT.partial`, which a later comma
 `OUT` and `OUT.snapshot.json` appear when all is there.
 """
 
-import errno
 import gzip
 import json
 import os
@@ -25,7 +24,15 @@ import orjson
 import zstandard
 
 from cluster.errors import RunFailed, UserError
-from cluster.files import append_line, exclusive, sha256_of, sync, whole_lines, write_text
+from cluster.files import (
+    append_line,
+    disk_explained,
+    exclusive,
+    sha256_of,
+    sync,
+    whole_lines,
+    write_text,
+)
 from featurization.documents import labels_from
 from featurization.streams import StreamBroken, lines, read_pieces
 
@@ -155,26 +162,18 @@ def fetched(
         RunFailed: `work` cannot do it now.
     """
     folder = path.with_name(path.name + ".partial")
-    try:
-        with exclusive(folder):
-            try:
-                if restart:
-                    clear(folder)
-                if path.exists() and not any(folder.iterdir()):
-                    return finished(path, request)
-                snapshot = Snapshot(path, folder, request)
-                return snapshot.finish({} if snapshot.record else work(snapshot))
-            finally:
-                if [each.name for each in folder.iterdir()] in ([], ["journal"]):  # nothing came
-                    clear(folder)
-                    folder.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunFailed(
-            f"{error.filename or folder}: {error.strerror}",
-            remedy="make room; the same command then goes on, and what has come is kept",
-        ) from None
+    with disk_explained(folder), exclusive(folder):
+        try:
+            if restart:
+                clear(folder)
+            if path.exists() and not any(folder.iterdir()):
+                return finished(path, request)
+            snapshot = Snapshot(path, folder, request)
+            return snapshot.finish({} if snapshot.record else work(snapshot))
+        finally:
+            if [each.name for each in folder.iterdir()] in ([], ["journal"]):  # nothing came
+                clear(folder)
+                folder.rmdir()
 
 
 def finished(path: Path, request: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """One rank at work: claimed blocks of records → entries and rejects → commits."""
 
-import errno
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from cluster.errors import RunFailed
+from cluster.files import disk_explained
 from cluster.mpi import Board, Ranks
 from featurization.cells import standardize
 from featurization.cloud import diffraction_cloud
@@ -121,7 +121,7 @@ class Worker:
         warm_up(self.config)
         if self.ranks.rank == 0:
             progress(self.so_far())
-        with full_disk_explained(self.out), Guard(marker, self.config.max_seconds) as guard:
+        with disk_explained(self.out), Guard(marker, self.config.max_seconds) as guard:
             if len(self.start.suspect):
                 try:
                     if self.ranks.rank == 0:
@@ -267,20 +267,6 @@ def warm_up(config: FeaturizationConfig) -> None:
             "", 4.0 * np.eye(3), np.zeros((1, 3)), ["Cu"], np.ones(1), one, {}
         )
         entry_of(copper, 0, config)
-
-
-@contextmanager
-def full_disk_explained(out: Path) -> Iterator[None]:
-    """Turns a full disk or quota into a `RunFailed`, which is no crash of the other ranks."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise RunFailed(
-            f"cannot write to {out}: {error.strerror}",
-            remedy="make room and give the same command again; what is committed is kept",
-        ) from error
 
 
 def _writable(text: str) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,109 @@ def test_work_stops_whole_if_the_disk_stays_full(
         with pytest.raises(RunFailed, match="No space left on device, for 2 s now"):
             Attempt([disk.place], [sys.executable, "-c", "raise SystemExit('it ran')"]).run()
         assert [path.name for path in disk.place.iterdir()] == ["filling"]
+    finally:
+        disk.close()
+
+
+@pytest.fixture
+def btrfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system with quotas, that can be frozen as an unreachable one is."""
+    image, place = tmp_path / "image", tmp_path / "btrfs"
+    place.mkdir()
+    with image.open("wb") as stream:
+        stream.truncate(150 << 20)
+    for words in (["mkfs.btrfs", "-q", "-M", image], ["mount", "-o", "loop", image, place]):
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("btrfs-progs is not installed (apt install btrfs-progs)")
+        if done.returncode:
+            pytest.skip(f"no btrfs can be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_work_over_quota_goes_on_once_there_is_more(
+    tmp_path: Path, btrfs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """EDQUOT. What fails gives back its room: nothing else shows that there was too little."""
+    home = btrfs / "home"
+    for words in (["quota", "enable", btrfs], ["subvolume", "create", home]):
+        subprocess.run(["btrfs", *words], check=True, capture_output=True)
+    limit = ["btrfs", "qgroup", "limit"]
+    subprocess.run([*limit, "9M", home], check=True)
+    words = ["prototypes:1500", "--selection", "miller:4"]
+    (tmp_path / "one.toml").write_text("shard_structures = 5000\n")
+    run = [sys.executable, "-m", "xtal", "featurize", words[0]]
+    more = [*words[1:], "--config", str(tmp_path / "one.toml")]
+    said: list[str] = []
+
+    def lift() -> None:
+        while "Disk quota exceeded" not in (text := "".join(said)) or "again in" not in text:
+            said.extend(capfd.readouterr())
+            time.sleep(0.1)
+        subprocess.run([*limit, "none", home], check=True)
+
+    helper = threading.Thread(target=lift)
+    helper.start()
+    assert Attempt([home], [*run, str(home / "data"), *more]).run() == 0
+    helper.join()
+    assert "failed for its disk (exit code 74)" in "".join(said)
+    subprocess.run([*run, str(tmp_path / "usual"), *more], check=True, capture_output=True)
+    found = [
+        json.loads((folder / "manifest.json").read_text())["content_hash"]
+        for folder in (home / "data", tmp_path / "usual")
+    ]
+    assert found[0] == found[1]
+
+
+def test_what_fails_for_its_disk_without_progress_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "WAIT", 2.5)
+    script = f"open({str(tmp_path / 'runs')!r}, 'a').write('x'); raise SystemExit(74)"
+    assert Attempt([tmp_path], [sys.executable, "-c", script]).run() == 74
+    assert (tmp_path / "runs").read_text() == "xx"
+
+
+def test_work_waits_for_a_file_system_that_does_not_answer(
+    btrfs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attempt, "trouble", lambda folder: trouble(folder, patience=1.0))
+    result = btrfs / "result"
+    subprocess.run(["fsfreeze", "-f", btrfs], check=True)
+    thaw = threading.Timer(4.0, lambda: subprocess.run(["fsfreeze", "-u", btrfs], check=True))
+    thaw.start()
+    try:
+        command = [sys.executable, "-c", f"open({str(result)!r}, 'w').write('done')"]
+        assert Attempt([btrfs], command).run() == 0
+    finally:
+        thaw.join()
+    assert result.read_text() == "done"
+    assert "does not answer for 1 s; waiting up to 600 s" in capfd.readouterr().err
+
+
+def test_work_waits_for_room_for_temporary_files(tmp_path: Path) -> None:
+    disk = Disk(tmp_path / "tmp")
+    try:
+        disk.fill()
+        words = [
+            sys.executable,
+            "-m",
+            "cluster.attempt",
+            str(tmp_path / "out"),
+            "--",
+            "echo",
+            "ran",
+        ]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(disk.place)}
+        environment.pop("SLURM_JOB_ID", None)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True) as work:
+            assert work.stderr is not None
+            assert f"cannot write to {disk.place}: No space left" in work.stderr.readline()
+            (disk.place / "filling").unlink()
+            assert work.communicate(timeout=30)[0] == "ran\n"
     finally:
         disk.close()
 
