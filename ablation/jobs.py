@@ -1,5 +1,6 @@
 """Which work comes next: a worker stays with the clouds that it has, references come first."""
 
+import time
 from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
@@ -58,6 +59,31 @@ def jobs_of(todo: Iterable[Trial], variants: Variants, trained: Container[str]) 
     return jobs + [
         Job(None, tuple(trials), source, group) for (source, group), trials in tests.items()
     ]
+
+
+class Bereaved:
+    """Jobs whose worker has died, until it is known whether that was its node's end.
+
+    Args:
+        patience: after so many seconds Ray would have noticed the loss of a node.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._jobs: list[tuple[float, str, Job, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add(self, job: Job, node: str, said: str) -> None:
+        """A job, the node of its worker, and what Ray says of that one's death."""
+        self._jobs.append((time.monotonic() + self._patience, node, job, said))
+
+    def take(self, nodes: Container[str]) -> list[tuple[Job, str, bool]]:
+        """Jobs, what Ray said, and whether the node is among those that are left."""
+        over = [each for each in self._jobs if each[1] not in nodes or each[0] < time.monotonic()]
+        self._jobs = [each for each in self._jobs if each not in over]
+        return [(job, said, node in nodes) for _, node, job, said in over]
 
 
 class Queue:

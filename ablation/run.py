@@ -20,7 +20,7 @@ import torch
 from ablation import layout
 from ablation.claim import Claim, driving, refuse_driven
 from ablation.grid import GridConfig
-from ablation.jobs import Group, Job, Queue, jobs_of
+from ablation.jobs import Bereaved, Group, Job, Queue, jobs_of
 from ablation.parts import Part, not_done, take_up
 from ablation.plan import Trial, plan
 from ablation.record import Record
@@ -32,7 +32,7 @@ from cluster import memory
 from cluster.errors import DiskFailed, RunFailed, Stopped
 from cluster.gauges import Gauges
 from cluster.provenance import commit
-from cluster.ray_session import cards, cores, ray_for, threads_for
+from cluster.ray_session import cards, cores, job_ray, ray_for, threads_for
 from featurization.guard import StopSignals
 from featurization.manifest import read_manifest
 from training.dataset import load
@@ -40,6 +40,7 @@ from training.ensemble import folders
 from training.loop import MODEL
 
 _DISK = "make room and give the same command again; what is done is recorded"
+_NOTICED = 20.0  # s in which Ray notices that a node is lost (cluster/ray_node.py)
 _LOOK = 2.0  # s between looks at how far trainings are
 
 
@@ -167,7 +168,8 @@ class _Driver:
             hire()
         idle: list[tuple[Any, Group | None]] = []
         lost = 0  # workers, one after the other, without a job done between
-        while queue or running():
+        bereaved = Bereaved(_NOTICED if job_ray() else 0.0)
+        while queue or running() or bereaved:
             if self._signals.received:
                 raise Stopped(
                     f"stopped by {self._signals.received}; what is done is recorded",
@@ -180,15 +182,15 @@ class _Driver:
                 else:
                     busy[self._start(worker, job)] = worker, job
             idle = waiting
-            assert running() or (busy and not idle), "jobs wait for each other"
-            ended, _ = ray.wait(list(busy), timeout=0.5)
-            for reference in ended:
+            assert running() or (busy and not idle) or bereaved, "jobs wait for each other"
+            if not busy:
+                time.sleep(0.5)
+            for reference in ray.wait(list(busy), timeout=0.5)[0] if busy else ():
                 worker, job = busy.pop(reference)
                 try:
                     answers = ray.get(reference)
                 except ray.exceptions.RayError as error:  # the worker itself is gone
                     lost += 1
-                    nodes = [each["NodeID"] for each in ray.nodes() if each["Alive"]]
                     if len(idle) + len(busy) < ray.cluster_resources().get("CPU", 0):
                         hire()
                     if lost > 3 * processes + 10:
@@ -196,24 +198,27 @@ class _Driver:
                             f"Ray lost {lost} workers in a row: {error}",
                             remedy="see whether memory or nodes fail; the same command goes on",
                         ) from None
-                    if job is None:
-                        continue
-                    if places[worker] not in nodes:  # which the job is not to blame for
-                        queue.ended(job)
-                        queue.back(job)
-                        continue
-                    answers = Failure(f"{type(error).__name__}: {error}", hopeless=False)
-                else:
-                    idle.append((worker, None if job is None else job.group))
-                    if job is None:
-                        places[worker] = answers
-                        continue
-                    lost = 0
+                    if job is not None:
+                        bereaved.add(job, places[worker], f"{type(error).__name__}: {error}")
+                    continue
+                idle.append((worker, None if job is None else job.group))
+                if job is None:
+                    places[worker] = answers
+                    continue
+                lost = 0
                 queue.ended(job)
                 if isinstance(answers, Failure):
                     self._failed(queue, job, answers)
                 else:
                     self._done(queue, job, answers)
+            if bereaved:
+                alive = {each["NodeID"] for each in ray.nodes() if each["Alive"]}
+                for job, said, blamed in bereaved.take(alive):
+                    queue.ended(job)
+                    if blamed:
+                        self._failed(queue, job, Failure(said, hopeless=False))
+                    else:  # it went with its node
+                        queue.back(job)
             self._tell(running(), processes, queue)
 
     def _start(self, worker: Any, job: Job) -> Any:

@@ -155,7 +155,10 @@ def _rows(result: Path) -> list[dict[str, Any]]:
     """Jobs that were submitted for a result and those within it, oldest first."""
     found = [row for each in _folders(result) for row in recorded(each)]
     if not found:
-        recorded(jobs_folder(result))  # says what is missing
+        raise UserError(
+            f"no job was submitted for {result}",
+            remedy="give the result that xtal submit names, such as its OUT or RUN",
+        )
     return sorted(found, key=lambda row: int(row["job"]))
 
 

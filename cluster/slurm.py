@@ -196,15 +196,6 @@ def record(jobs: Path, row: dict[str, Any]) -> None:
 
 
 def recorded(jobs: Path) -> list[dict[str, Any]]:
-    """The jobs that were submitted, oldest first.
-
-    Raises:
-        UserError: none was.
-    """
+    """The jobs that were submitted, oldest first."""
     path = jobs / RECORD
-    if not path.exists():
-        raise UserError(
-            f"no job was submitted for {str(jobs).removesuffix('.jobs')}",
-            remedy="give the result that xtal submit names, such as its OUT or RUN",
-        )
-    return [json.loads(line) for line in whole_lines(path)]
+    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []

@@ -1,5 +1,6 @@
 """The site file, what sbatch is told, and what SLURM answers."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ from tiny import ROOT, command
 
 from cluster.errors import UserError
 from cluster.ray_node import resources
-from cluster.site import VERBS, Site, check_time, read_site
-from cluster.slurm import parse_sacct, parse_show_job, seconds_of
+from cluster.site import VERBS, Site, check_time, read_site, write_setup
+from cluster.slurm import Kind, parse_kind, parse_sacct, parse_show_job, seconds_of
 from cluster.submit import Plan
 
 SITES = [ROOT / "slurm" / "site.toml.example", *sorted((ROOT / "slurm" / "profiles").glob("*"))]
@@ -49,6 +50,8 @@ def test_a_table_changes_one_verb(tmp_path: Path) -> None:
         ('options = ["exclusive"]', "does not begin with -"),
         ('setup = ["a\\nb"]', "a string of its own"),
         ('memory_per_node = "many"', "memory_per_node"),
+        ('container = ["apptainer exec x"]', r"a list of words: \['apptainer', 'exec', 'x'\]"),
+        ('scratch = "here"', "scratch"),
     ],
 )
 def test_wrong_sites_are_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -85,6 +88,39 @@ def test_times(time: str, seconds: float) -> None:
 )
 def test_gpus_are_counted_in_either_spelling(keys: dict[str, Any], gpus: int) -> None:
     assert Site(**keys).gpus == gpus
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ("3 2 8000 (null) (null)", Kind(3, 2, 8000, 0, frozenset({"(null)"}))),
+        (
+            "1 128 512000+ gpu:a100:4(S:0-3) gpu,a100",
+            Kind(1, 128, 512000, 4, frozenset({"gpu", "a100"})),
+        ),
+        ("5 64 1 gpu:a:1,gpu:b:3,shard:8 x", Kind(5, 64, 1, 4, frozenset({"x"}))),
+        ("2 8 1 gpu:2 x", Kind(2, 8, 1, 2, frozenset({"x"}))),
+    ],
+)
+def test_what_sinfo_says_of_nodes(row: str, kind: Kind) -> None:
+    assert parse_kind(row) == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "mebibytes"), [(None, 0), ("0", 0), ("240G", 245760), ("512", 512), ("1T", 1 << 20)]
+)
+def test_memory_in_any_unit(text: str | None, mebibytes: int) -> None:
+    assert Site(memory_per_node=text).memory == mebibytes
+
+
+def test_a_container_runs_any_words(tmp_path: Path) -> None:
+    site = Site(container=("env", "A=it's $HOME", "sh", "-c", 'echo "$A $*"', "x"), scratch="/s p")
+    variables = write_setup(site, tmp_path) | site.environment()
+    assert variables["TMPDIR"] == "/s p"
+    done = subprocess.run(
+        [variables["XTAL_CONTAINER"], "a  b", "$(c)"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "it's $HOME a  b $(c)\n"
 
 
 @pytest.mark.parametrize("time", ["", "an hour", "1h", "5:3", "; rm -rf /", "--x"])

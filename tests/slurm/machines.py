@@ -228,9 +228,10 @@ class Machines:
         pairs = (word.partition("=") for word in done.stdout.split())
         return {key: value for key, _, value in pairs}
 
-    def requeued(self, job: str) -> None:
+    def requeued(self, job: str, times: int = 1) -> None:
         """Wait until a job has been put back into the queue; it may run again by then."""
-        self.until(lambda: self.job(job)["Restarts"] == "1", f"job {job} is requeued", 120)
+        again = f"job {job} is requeued, {times} times"
+        self.until(lambda: self.job(job)["Restarts"] == str(times), again, 120)
 
     def ended(self, job: str, seconds: float = 300) -> str:
         """Wait for the end of a job; its state."""

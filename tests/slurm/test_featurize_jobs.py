@@ -62,10 +62,43 @@ def test_a_chain_uses_all_nodes_and_is_checked_before_it_begins(
     told = json.loads(slurm.run(*words, "--nodes", "2").stdout)
     assert [each["verb"] for each in told] == ["featurize", "train", "ablate"]
     assert told[1]["words"][-2:] == ["--workers", "2"]
+    assert told[0]["expected"]["expected"]["records"] == 14
+    assert "expected" not in told[1]  # which needs the dataset
+    assert "what it takes is known once there is data" in slurm.run(*words[:-1]).stdout
     for more, said in (("--time=abc", "give minutes"), ("--after=x", "the number of a job")):
         done = slurm.run(*words, more, check=False)
         assert done.returncode == 2
         assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("site", "said"),
+    [
+        ("cores_per_node = 3", "0 of the nodes of batch have cores_per_node = 3; the most is 2"),
+        ('memory_per_node = "9G"', "have memory_per_node = 9216; the most is 8000"),
+        ("[train]\ngpus_per_node = 1", "have gpus_per_node = 1; the most is 0"),
+        ('constraint = "fast"', "0 of the nodes of batch have constraint = fast"),
+    ],
+)
+def test_what_no_node_has_is_refused_before_the_queue(
+    slurm: Machines, place: Path, site: str, said: str
+) -> None:
+    (place / "site.toml").write_text(f'partition = "batch"\n{site}\n')
+    words = ["xtal", "submit", "all", "prototypes:14", place / "run", "--site", place / "site.toml"]
+    done = slurm.run(*words, "--dry-run", check=False)
+    assert done.returncode == 1
+    assert said in done.stderr
+
+
+def test_a_chain_is_whole_or_is_not_there(slurm: Machines, place: Path) -> None:
+    (place / "site.toml").write_text('[train]\noptions = ["--licenses=nobody-has-it:1"]\n')
+    words = ["xtal", "submit", "all", "prototypes:14", place / "run", "--site", place / "site.toml"]
+    done = slurm.run(*words, check=False)
+    assert done.returncode == 2
+    assert "SLURM refuses the job" in done.stderr
+    slurm.until(lambda: slurm.run("squeue", "-h").stdout == "", "nothing is left", 30)
+    (row,) = json.loads(slurm.run("xtal", "jobs", place / "run", "--json").stdout)
+    assert (row["verb"], row["state"]) == ("featurize", "CANCELLED")
 
 
 def test_submit_records_shows_and_cancels(slurm: Machines, place: Path) -> None:

@@ -112,32 +112,60 @@ def grid_file(place: Path, dataset: Path, seeds: int, epochs: int) -> Path:
     return path
 
 
-def test_training_and_grid_over_nodes_one_of_which_is_lost(
+# A container, of the kernel's own making: what is at /mnt in it nobody sees outside.
+CONTAINER = 'mount --bind "$0" /mnt; export PATH=/mnt:$PATH; exec "$@"'
+WRAPPER = """#!/bin/sh
+touch {place}/contained-{name}-$(hostname)
+exec {real} "$@"
+"""
+
+
+def test_a_chain_in_a_container_one_of_whose_nodes_is_lost(
     slurm: Machines, place: Path, small: Path
 ) -> None:
+    image = place / "image"
+    image.mkdir()
+    for name in ("xtal", "python"):
+        real = shutil.which(name, path=slurm.environment()["PATH"])
+        (image / name).write_text(WRAPPER.format(place=place, name=name, real=real))
+        (image / name).chmod(0o755)
+    words = ["unshare", "--mount", "sh", "-c", CONTAINER, str(image)]
     site = place / "site.toml"
-    site.write_text((slurm.shared / "site.toml").read_text() + "metrics = true\n")
-    words = ["--task", "crystal_system", "--epochs", "2"]
-    submit = ["xtal", "submit", "train", small, place / "run", "--site", site, "--nodes", "2"]
-    done = slurm.run(*submit, *words)
-    train = done.stdout.partition("train: job ")[2].partition(";")[0]
-    grid = grid_file(place, small, seeds=4, epochs=2)
-    out = place / "ablation"
-    submit = ["xtal", "submit", "ablate", grid, out, "--site", site, "--nodes", "3"]
-    done = slurm.run(*submit, "--after", train)
-    job = done.stdout.partition("ablate: job ")[2].partition(";")[0]
+    more = f'metrics = true\nscratch = "/dev/shm/s"\ncontainer = {json.dumps(words)}\n'
+    site.write_text((slurm.shared / "site.toml").read_text() + more)
+    (place / "features.toml").write_text('selection = "miller:2"\nshard_structures = 50\n')
+    (place / "training.toml").write_text("epochs = 2\nbatch_size = 30\n")
+    grid = grid_file(place, place / "study" / "dataset", seeds=8, epochs=4)
+    submit = ["xtal", "submit", "all", "prototypes:140", place / "study", "--site", site]
+    submit += ["--task", "crystal_system", "--nodes", "3", "--grid", grid, "--json"]
+    for name in ("features", "training"):
+        submit += [f"--{name}", place / f"{name}.toml"]
+    chain = json.loads(slurm.run(*submit, "--probe").stdout)
+    _, train, job = (each["job"] for each in chain)
     assert slurm.job(job)["Dependency"].startswith(f"afterok:{train}")
-    assert slurm.ended(train, 180) == "COMPLETED", newest(place / "run.jobs")
-    metrics = json.loads((place / "run" / "metrics.json").read_text())
-    assert 0 <= metrics["metrics"]["auroc"]["value"] <= 1
+    assert slurm.ended(train, 240) == "COMPLETED", newest(place / "study" / "train.jobs")
+    run, out = place / "study" / "train", place / "study" / "ablation"
+    slurm.run("xtal", "train", small, place / "alone", "--config", place / "training.toml",
+              "--task", "crystal_system")  # fmt: skip
+    found = [
+        [[float(each) for each in line.split(",")] for line in text.splitlines()[1:]]
+        for text in ((folder / "history.csv").read_text() for folder in (run, place / "alone"))
+    ]
+    for of_three, of_one in zip(*found, strict=True):
+        assert of_three == pytest.approx(of_one, rel=2e-2, abs=1e-3)
+    said = {f"contained-xtal-{node}" for node in slurm.nodes}
+    said |= {f"contained-python-{node}" for node in slurm.nodes}
+    assert {path.name for path in place.glob("contained-*")} == said
     record = out / "record.jsonl"
     slurm.until(
         lambda: record.exists() and len(list(whole_lines(record))) > 1, "trials are done", 180
     )
     told = slurm.run("xtal", "dashboard", out).stdout
     assert "answers: HTTP/1.0 200 OK" in told
-    assert f"--config.file={place}/ablation.jobs/prometheus.yml" in told
-    (group,) = json.loads((place / "ablation.jobs" / "targets.json").read_text())
+    jobs = place / "study" / "ablation.jobs"
+    assert f"--config.file={jobs}/prometheus.yml" in told
+    (group,) = json.loads((jobs / "targets.json").read_text())
+    assert slurm.on("node2", ["sh", "-c", "ls /dev/shm/s"]).stdout.startswith("xtal-ray-")
     assert group["labels"] == {"run": "ablation", "slurm_job": job}
     assert len(group["targets"]) == 3
     for address in group["targets"]:  # as Prometheus on the login node does
@@ -146,14 +174,25 @@ def test_training_and_grid_over_nodes_one_of_which_is_lost(
         assert "ray_xtal_trials_done{" in page or address != group["targets"][0]
     slurm.kill("node3")
     try:
-        assert slurm.ended(job, 240) == "COMPLETED", newest(place / "ablation.jobs")
+        assert slurm.ended(job, 240) == "COMPLETED", newest(jobs)
     finally:
         slurm.revive("node3")
     results = pq.read_table(out / "results.parquet").to_pylist()
-    assert [row["status"] for row in results] == ["done"] * 12
-    assert len({row["trial"] for row in results}) == 12
+    assert [row["status"] for row in results] == ["done"] * 24
+    assert len({row["trial"] for row in results}) == 24
     assert (out / "report.html").exists()
-    assert not (place / "ablation.jobs" / "targets.json").exists()
+    assert not (jobs / "targets.json").exists()
+    assert [slurm.on(node, ["ls", "/dev/shm/s"]).stdout for node in slurm.nodes[:2]] == ["", ""]
+
+
+def test_all_of_it_in_one_job(slurm: Machines, place: Path) -> None:
+    out = place / "demo"
+    words = ["--nodes=2", "--ntasks-per-node=2", f"--output={place}/log", TEMPLATES / "demo.sbatch"]
+    job = slurm.sbatch(*words, out)
+    assert slurm.ended(job, 360) == "COMPLETED", (place / "log").read_text()
+    results = pq.read_table(out / "ablation" / "results.parquet").to_pylist()
+    assert [row["status"] for row in results] == ["done"] * 6
+    assert (out / "ablation" / "report.html").exists()
 
 
 @pytest.fixture
