@@ -76,6 +76,6 @@ def wrapped(name: str, width: int) -> str:
     return "\n".join(line.replace("_ ", "_") for line in lines)
 
 
-def signed(value: float, digits: int = 3) -> str:
+def signed(value: float) -> str:
     """A number with its sign, a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{value:+.3f}".replace("-", "−")

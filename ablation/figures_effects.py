@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ablation.figures import BLACK, GREY, WIDTH, panels, wrapped
+from ablation.figures import BLACK, GREY, WIDTH, panels, signed, wrapped
 from ablation.report_study import Effect, Row, Study
 from ablation.significance import MARGIN
 from training.figures import BLUE, COLOURS, DASHES, VERMILION
@@ -170,7 +170,7 @@ def heat_map(studies: Sequence[Study]) -> Figure:
         if effect is not None and math.isfinite(value):
             ink = "white" if abs(value) > 0.6 * limit else "black"
             sign = _SIGNS[effect.verdict or "undecided"]
-            text = f"{value:+.3f}".replace("-", "−") + sign
+            text = signed(value) + sign
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
     names = [wrapped(name, 18) for name in columns]
     axes.set_xticks(range(len(columns)), names, rotation=30 if len(columns) > 3 else 0, ha="center")
