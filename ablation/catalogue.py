@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from training.metrics import FloatArray, IntArray
 
-_SUMMARY = ("sources", "structures", "rejected", "points", "content_hash", "config")
+# Of a manifest, what results say of their dataset.
+SUMMARY = ("sources", "structures", "rejected", "points", "content_hash", "config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def find_dataset(
             return _none(
                 f"The dataset “{root.name}” has other content than the one of these results."
             )
-        found = {name: manifest[name] for name in _SUMMARY if name in manifest}
+        found = {name: manifest[name] for name in SUMMARY if name in manifest}
         catalogue = read_catalogue(shards, str(manifest["config"]["radiation"]))
         return DatasetPlace(root, catalogue, shards, "", found)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

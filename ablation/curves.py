@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training.metrics import ECE_BINS, FloatArray, IntArray
+from training.metrics import ECE_BINS, FloatArray, IntArray, ece_bins
+from training.proportion import wilson
 
 GRID = np.linspace(0.0, 1.0, 201)
 """False-positive rates at which curves are averaged over classes and seeds."""
@@ -76,18 +77,11 @@ def reliability(
     else:
         stated_N = probabilities_NC.max(axis=1)
         right_N = probabilities_NC.argmax(axis=1) == labels_N
-    bins_N = np.clip(np.ceil(stated_N * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
+    bins_N = ece_bins(stated_N)
     count = np.bincount(bins_N, minlength=ECE_BINS)
     full = count > 0
     n = count[full]
     stated = np.bincount(bins_N, stated_N, minlength=ECE_BINS)[full] / n
     observed = np.bincount(bins_N, right_N, minlength=ECE_BINS)[full] / n
-    low, high = _wilson(observed, n / repeats)
+    low, high = wilson(observed, n / repeats)
     return Reliability(stated, observed, low, high, n)
-
-
-def _wilson(share: FloatArray, n: FloatArray) -> tuple[FloatArray, FloatArray]:
-    z2 = 1.959963984540054**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return np.minimum(centre - half, share), np.maximum(centre + half, share)

@@ -1,12 +1,9 @@
 """The whole experiment at a laptop's size: featurize, train, six arms × two seeds, report."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,11 +11,10 @@ import pyarrow.parquet as pq
 from ablation.grid import GridConfig
 from ablation.report import write_report
 from ablation.run import run_grid
+from ablation.variants import on_ranks
 from cluster.config import build_config
 from cluster.errors import RunFailed, UserError
-from cluster.mpi import OneProcess
 from featurization.config import FeaturizationConfig
-from featurization.featurize import featurize
 from featurization.manifest import read_manifest
 from training.config import TrainingConfig
 from training.train import train
@@ -72,7 +68,7 @@ def run_demo(folder: Path, source: str | None, task: str, bar: Bars) -> Answer:
             remedy="give your crystals with --source FILE",
         )
     with bar(Stage("featurize", None)) as update:
-        _featurize(source or PROTOTYPES, dataset, update)
+        on_ranks(source or PROTOTYPES, dataset, _FEATURIZATION, 2)
         structures = read_manifest(dataset)["structures"]
         update(structures)
     epochs = min(20, max(4, _CLOUDS_SEEN // structures))
@@ -98,23 +94,6 @@ def run_demo(folder: Path, source: str | None, task: str, bar: Bars) -> Answer:
     report = write_report(ablation, dataset=dataset)
     sentences = _sentences(ablation, training)
     return Answer(sentences if source else (*sentences, _CAVEAT), report)
-
-
-def _featurize(spec: str, dataset: Path, update: Callable[[float], None]) -> None:
-    """On two MPI ranks where there is an mpiexec, else in this process."""
-    mpiexec = which("mpiexec", path=str(Path(sys.executable).parent)) or which("mpiexec")
-    if mpiexec is None:
-        featurize(spec, dataset, _FEATURIZATION, OneProcess(), lambda at: update(at.done))
-        return
-    command = [mpiexec, "-n", "2", sys.executable, "-m", "xtal", "featurize", spec, str(dataset)]
-    command += ["--selection", _FEATURIZATION.selection]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        failure = UserError if done.returncode == 2 else RunFailed
-        raise failure(
-            f"mpiexec -n 2 xtal featurize {spec} failed:\n{done.stderr.strip()}",
-            remedy="mend the source, or the MPI installation",
-        )
 
 
 def _sentences(folder: Path, training: TrainingConfig) -> tuple[str, ...]:

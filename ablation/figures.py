@@ -6,9 +6,10 @@ and letters are outlines, so that a figure looks alike on every machine.
 """
 
 import io
+import re
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +70,22 @@ def panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+def row_height(names: Sequence[str], size: float) -> float:
+    """Inches a row of a figure whose rows have these names, in letters of `size` points.
+
+    So many that no name touches the next, whichever of them has the most lines.
+    """
+    lines = 1 + max(name.count("\n") for name in names)
+    return max(0.26, (1.2 * lines + 0.4) * size / 72)
+
+
 def wrapped(name: str, width: int) -> str:
-    """A name in lines of at most `width` characters; breaks after `_` too."""
+    """A name in lines of at most `width` characters; breaks after `_` too, but not in brackets."""
     # textwrap breaks at spaces and hyphens only, so "_" passes through it as a space.
-    lines = textwrap.wrap(name.replace("_", "_ "), width) or [name]
+    lines = textwrap.wrap(re.sub(r"_(?![^(]*\))", "_ ", name), width) or [name]
     return "\n".join(line.replace("_ ", "_") for line in lines)
 
 
-def signed(value: float, digits: int = 3) -> str:
+def signed(value: float) -> str:
     """A number with its sign, a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{value:+.3f}".replace("-", "−")

@@ -11,7 +11,7 @@ from ablation.figures import BLACK, GREY, WIDTH, panels, wrapped
 from ablation.report_study import Study
 from ablation.trials import Condition
 from training.figures import BLUE, COLOURS, DASHES, VERMILION
-from training.metrics import ECE_BINS
+from training.metrics import ECE_BINS, ece_bins
 
 SHOWN_ROC = 6
 """Conditions beside the reference that the ROC figure draws: those of the largest effects."""
@@ -66,7 +66,7 @@ def reliability_figure(study: Study) -> Figure:
     top.errorbar(
         curve.stated, curve.observed, yerr=errors, color=BLUE, marker="o", markersize=5, capsize=2
     )
-    centres = (np.minimum(np.ceil(curve.stated * ECE_BINS), ECE_BINS) - 0.5).clip(0.5) / ECE_BINS
+    centres = (ece_bins(curve.stated) + 0.5) / ECE_BINS
     bottom.bar(centres, curve.count, width=0.9 / ECE_BINS, color=BLUE, alpha=0.6)
     binary = len(study.classes) == 2
     name = wrapped(study.classes[1], 30)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ablation.figures import BLACK, GREY, WIDTH, panels, wrapped
+from ablation.figures import BLACK, GREY, WIDTH, panels, row_height, signed, wrapped
 from ablation.report_study import Effect, Row, Study
 from ablation.significance import MARGIN
 from training.figures import BLUE, COLOURS, DASHES, VERMILION
@@ -30,7 +30,8 @@ def forest(effects: Sequence[Effect], title: str) -> Figure:
     """Change of the primary metric against the reference, one row a condition, 95 % intervals."""
     shown = set(map(id, sorted(effects, key=lambda e: -abs(e.difference.value))[:SHOWN_FOREST]))
     rows = [effect for effect in effects if id(effect) in shown]
-    figure, (axes,) = panels(1, 1, 1.2 + 0.26 * len(rows))
+    names = [wrapped(effect.condition.name, 30) for effect in rows]
+    figure, (axes,) = panels(1, 1, 1.2 + row_height(names, 9) * len(rows))
     axes.axvspan(-MARGIN, MARGIN, color="#f0e442", alpha=0.25, linewidth=0)
     axes.axvline(0, color=BLACK, linewidth=0.8)
     used: dict[str, None] = {}
@@ -49,7 +50,7 @@ def forest(effects: Sequence[Effect], title: str) -> Figure:
             markerfacecolor=colour if filled else "white",
             label=effect.verdict if first else None,
         )
-    axes.set_yticks(range(len(rows)), [wrapped(e.condition.name, 30) for e in rows])
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(False, axis="y")
     axes.set_xlabel(f"change of {title} against the untouched input")
@@ -162,7 +163,13 @@ def heat_map(studies: Sequence[Study]) -> Figure:
         [[math.nan if e is None else e.difference.value for e in row] for row in table]
     )
     limit = float(np.nanmax(np.abs(values), initial=0.05))
-    figure = Figure(figsize=(WIDTH, 1.7 + 0.27 * len(rows)))
+    names = [wrapped(name, 34) for name in rows]
+    # Where there are more columns than labels find room for beside each other, they stand upright.
+    upright = len(columns) > 3
+    titles = columns if upright else [wrapped(name, 16) for name in columns]
+    above = 0.08 * max(map(len, titles)) if upright else 0.5
+    size = max(WIDTH, 3.2 + 0.5 * len(columns)), 0.8 + above + row_height(names, 8) * len(rows)
+    figure = Figure(figsize=size)
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
@@ -170,14 +177,13 @@ def heat_map(studies: Sequence[Study]) -> Figure:
         if effect is not None and math.isfinite(value):
             ink = "white" if abs(value) > 0.6 * limit else "black"
             sign = _SIGNS[effect.verdict or "undecided"]
-            text = f"{value:+.3f}".replace("-", "−") + sign
+            text = signed(value) + sign
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
-    names = [wrapped(name, 18) for name in columns]
-    axes.set_xticks(range(len(columns)), names, rotation=30 if len(columns) > 3 else 0, ha="center")
-    axes.set_yticks(range(len(rows)), [wrapped(name, 34) for name in rows], fontsize=8)
+    axes.set_xticks(range(len(columns)), titles, rotation=90 if upright else 0)
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.grid(False)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="change", pad=0.02)
+    figure.colorbar(image, ax=axes, shrink=min(0.6, 3 / size[1]), label="change", pad=0.02)
     return figure
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ablation.grid import REFERENCE, GridConfig
+from ablation.grid import GridConfig
 from ablation.parts import Part, not_done
 from ablation.plan import Trial, fits_of, plan
+from ablation.trials import REFERENCE
 from cluster import memory
 from cluster.ray_session import cards, cores, threads_for
 from cluster.terminal import duration, out, summary

@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from ablation.perturbations import ARMS, strength_of
+from ablation.trials import REFERENCE
 from cluster.config import Config, build_config, read_toml
 from cluster.errors import UserError
 from training.config import ModelName, TrainingConfig
 from training.tasks import TASKS, TaskName
 
 Mode = Literal["retrain", "test_only", "train_only"]
-REFERENCE = "none"
 GRIDS = Path(__file__).parent / "grids"
 _SIX = (
     REFERENCE,

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
-from ablation.grid import REFERENCE
 from ablation.plan import Fit, Trial
+from ablation.trials import REFERENCE
 from ablation.variants import Source, Variants
 
 Group = tuple[str, float | None, int]

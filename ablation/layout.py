@@ -6,6 +6,7 @@ record come `results.parquet`, one row a finished trial, and `predictions-TASK.p
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ablation.catalogue import SUMMARY
 from ablation.claim import CLAIM
 from ablation.grid import GridConfig
+from ablation.grid_folder import predictions_name
 from ablation.parts import PARTS
 from ablation.perturbations import ARMS, describe
 from ablation.plan import Trial, plan
@@ -31,7 +34,6 @@ from training.metrics import METRICS
 from training.split import Parts
 
 GRID = "grid.json"
-_TEXTS = ("trial", "task", "model", "arm", "mode")
 _COLUMNS = ("trial", "task", "model", "arm", "strength", "mode", "seed", "status")
 _TYPES = {"strength": pa.float64(), "seed": pa.int64()}
 
@@ -55,7 +57,6 @@ def begin(out: Path, grid: GridConfig, manifest: dict[str, Any], data: CloudSet)
             "classes": list(task.classes),
             "class_counts": parts[name].class_counts(task.classes),
         }
-    summary = ("sources", "structures", "rejected", "points", "content_hash", "config")
     strengths = {arm.name: ARMS[arm.name].strength for arm in grid.arms}
     description = {
         "tasks": tasks,
@@ -75,7 +76,7 @@ def begin(out: Path, grid: GridConfig, manifest: dict[str, Any], data: CloudSet)
         "seeds": list(grid.seeds),
         "primary_metric": "auroc",
         "dataset": grid.dataset,
-        "dataset_summary": {key: manifest[key] for key in summary},
+        "dataset_summary": {key: manifest[key] for key in SUMMARY},
         "training": grid.training.model_dump(exclude={"seed", "task", "model"}),
         "overrides": grid.overrides,
         "grid": grid.model_dump(exclude_defaults=True),
@@ -152,7 +153,7 @@ def write_tables(out: Path) -> int:
         if own:
             batches = _predictions(out, task, own, record)
             first = next(batches)
-            _write(out / f"predictions-{task}.parquet", _with(first, batches), first.schema)
+            _write(out / predictions_name(task), chain([first], batches), first.schema)
     return len(done)
 
 
@@ -173,11 +174,6 @@ def _predictions(out: Path, task: str, trials: list[Trial], record: Record) -> I
                 who[name] = pa.array([value] * count, pa.string()).dictionary_encode()
         who |= texts | {"label": test["label"]}
         yield pa.table(who | {f"p{c}": column for c, column in enumerate(probability_NC.T)})
-
-
-def _with(first: pa.Table, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    yield first
-    yield from others
 
 
 def _write(path: Path, tables: Any, schema: pa.Schema) -> None:

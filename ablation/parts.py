@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ablation.claim import driving
-from ablation.grid import REFERENCE
 from ablation.plan import Trial, fits_of
 from ablation.record import Record
+from ablation.trials import REFERENCE
 from cluster.errors import UserError
 
 PARTS = "parts"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ablation.grid import REFERENCE, ArmChoice, GridConfig, Mode
+from ablation.grid import ArmChoice, GridConfig, Mode
 from ablation.perturbations import ARMS
+from ablation.trials import REFERENCE
 from cluster.errors import UserError
 from training.config import TrainingConfig
 

@@ -40,7 +40,6 @@ from featurization.radiation import form_factors
 from training.metrics import FloatArray, IntArray
 from training.proportion import proportion
 
-COMPOSITION = "composition_only"
 _CENTRING = {"P": 1, "R": 1, "A": 2, "B": 2, "C": 2, "S": 2, "I": 2, "F": 4}
 _WHOLE = 0.1  # how far from a whole number a count of formula units may be
 

@@ -153,8 +153,8 @@ def holm(p_K: Sequence[float] | FloatArray) -> FloatArray:
     return corrected
 
 
-def equivalence(draws_R: FloatArray, margin: float = MARGIN) -> tuple[float, float, float]:
-    """p of an effect as large as the margin or larger, and the 90 % interval.
+def equivalence(draws_R: FloatArray) -> tuple[float, float, float]:
+    """p of an effect as large as `MARGIN` or larger, and the 90 % interval.
 
     Two one-sided tests (Schuirmann, J. Pharmacokinet. Biopharm. 15, 657, 1987): p < 5 % says that
     the effect lies within (−margin, margin), which is so exactly when the 90 % interval does. The
@@ -163,7 +163,7 @@ def equivalence(draws_R: FloatArray, margin: float = MARGIN) -> tuple[float, flo
     drawn = draws_R[~np.isnan(draws_R)]
     if not len(drawn):
         return math.nan, math.nan, math.nan
-    below, above = int((drawn <= -margin).sum()), int((drawn >= margin).sum())
+    below, above = int((drawn <= -MARGIN).sum()), int((drawn >= MARGIN).sum())
     low, high = np.quantile(drawn, (ALPHA, 1 - ALPHA))
     return (max(below, above) + 1) / (len(drawn) + 1), float(low), float(high)
 
@@ -199,16 +199,16 @@ def visible(found: Spread, seeds: int) -> float:
     return float(quantiles.sum()) * math.sqrt(variance)
 
 
-def seeds_needed(found: Spread, difference: float = RESOLUTION) -> int | None:
-    """Fewest seeds that see a difference, as `visible` reckons; None when no number does.
+def seeds_needed(found: Spread) -> int | None:
+    """Fewest seeds that see `RESOLUTION`, as `visible` reckons; None when no number does.
 
     The doubt that stems from the choice of crystals does not shrink with seeds: then only more
     test crystals help.
     """
-    if not math.isfinite(found.seed) or visible(found, _MOST_SEEDS) > difference:
+    if not math.isfinite(found.seed) or visible(found, _MOST_SEEDS) > RESOLUTION:
         return None
     low, high = 2, _MOST_SEEDS
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if visible(found, middle) > difference else (low, middle)
+        low, high = (middle + 1, high) if visible(found, middle) > RESOLUTION else (low, middle)
     return low

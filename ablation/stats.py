@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from ablation import significance
 from ablation.significance import TESTED, by_group, contributions
-from ablation.trials import REFERENCE, Condition, Trials, read_trials
+from ablation.trials import REFERENCE, Condition, Trials
 from cluster.errors import UserError
 from training.metrics import METRICS, FloatArray, group_weights, percentile_interval, score
 
@@ -259,11 +259,6 @@ def spread_out(values_SR: FloatArray, seed: int) -> tuple[float, FloatArray]:
     error = whole_S.std(ddof=1) / math.sqrt(seeds)
     centred_R = value + math.sqrt(pure) * (value_R - value)
     return value, (centred_R[:, None] + error * t_RD).ravel()
-
-
-def sampled(predictions: pa.Table, *, resamples: int = 1000, seed: int = 0) -> Samples:
-    """Samples of a table of predictions. Raises UserError as `ablation.trials` describes."""
-    return Samples(read_trials(predictions), resamples=resamples, seed=seed)
 
 
 def _interval(

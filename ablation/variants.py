@@ -90,7 +90,7 @@ class Variants:
         for each in listed[there:]:
             self._check(each)
         for number, each in enumerate(listed[there:], start=there):
-            _featurize(each["spec"], source.folder, source.config, ranks, append=number > 0)
+            on_ranks(each["spec"], source.folder, source.config, ranks, append=number > 0)
 
     def _check(self, listed: dict[str, Any]) -> None:
         opened = open_source(listed["spec"], id_prop_label=self._config.id_prop_label)
@@ -102,10 +102,14 @@ class Variants:
             )
 
 
-def _featurize(
-    spec: str, out: Path, config: FeaturizationConfig, ranks: int, *, append: bool
+def on_ranks(
+    spec: str, out: Path, config: FeaturizationConfig, ranks: int, *, append: bool = False
 ) -> None:
-    """On MPI ranks of this machine where there are some, else in this process."""
+    """`featurize` on MPI ranks of this machine where there is an mpiexec, else in this process.
+
+    Raises:
+        UserError, RunFailed: as the verb's exit code says.
+    """
     mpiexec = which("mpiexec", path=str(Path(sys.executable).parent)) or which("mpiexec")
     if mpiexec is None or ranks == 1:
         featurize(spec, out, config, OneProcess(), append=append)

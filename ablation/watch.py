@@ -16,6 +16,7 @@ from cluster.errors import UserError
 from cluster.slurm import RECORD
 from featurization import journal
 from featurization.manifest import read_manifest
+from training import ensemble
 from training.config import TrainingConfig
 from training.loop import MODEL
 
@@ -108,11 +109,12 @@ def _training(folder: Path) -> Standing | None:
     if (recorded := _json(folder / "config.json")) is None or "training" not in recorded:
         return None
     config = build_config(TrainingConfig, recorded["training"], where=f"{folder}/config.json")
-    histories = sorted([*folder.glob("history.csv"), *folder.glob("member-*/history.csv")])
+    members = ensemble.folders(folder, config)
+    histories = [path for each in members if (path := each / "history.csv").exists()]
     rows = [row for path in histories for row in _rows(path)]
-    models = [*folder.glob(MODEL), *folder.glob(f"member-*/{MODEL}")]
     total = config.members * config.passes
-    done = total if len(models) == config.members else min(len(rows), total - 1)
+    trained = all((each / MODEL).exists() for each in members)
+    done = total if trained else min(len(rows), total - 1)
     said = ", ".join(f"{k} {float(v):.4g}" for k, v in (rows[-1] if rows else {}).items() if v)
     if (folder / "metrics.json").exists():
         said = f"finished; {said}"

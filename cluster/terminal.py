@@ -2,10 +2,11 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import unwrap
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -21,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from cluster.config import read_toml
+from cluster.config import AnyConfig, build_config, read_toml
 from cluster.errors import UserError
 
 # Paths and messages are shown as they are, not read as markup.
@@ -65,6 +66,26 @@ OptionsFile = Annotated[
         "--config", callback=options_from, is_eager=True, help="TOML file with these options."
     ),
 ]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML file with the full configuration.")
+]
+
+
+def configured(
+    kind: type[AnyConfig],
+    path: Path | None,
+    flags: Mapping[str, Any],
+    spelled: Mapping[str, str] = MappingProxyType({}),
+) -> AnyConfig:
+    """A configuration from a TOML file, with flags before it.
+
+    Args:
+        spelled: flags that are not named as what they set.
+    """
+    values = {} if path is None else read_toml(path)
+    given = {name: value for name, value in flags.items() if value is not None}
+    named = {name: spelled.get(name, f"--{name.replace('_', '-')}") for name in given}
+    return build_config(kind, values | given, where=str(path), flags=named)
 
 
 def show_json(result: Any) -> None:

@@ -97,11 +97,6 @@ class Prototypes:
         return parsed(record, lambda index: _decorated(index, self._seed, record.id))
 
 
-def prototypes_per_system() -> dict[str, int]:
-    """Crystal system → prototypes in use."""
-    return {system: len(members) for system, members in _library()[0].items()}
-
-
 def _decorated(index: int, seed: int, id: str) -> Crystal:
     library, _ = _library()
     systems = list(library)

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import orjson
@@ -22,7 +23,8 @@ from featurization.addresses import checked_url, host_of, plain
 
 # Seconds to connect, and between two pieces of an answer. A query of a database can take a minute.
 TIMEOUT = (20.0, 120.0)
-# And for all pieces of an answer's body that is asked for as a whole: a server may drip for ever.
+# And for all pieces of an answer's head, and of a body that is asked for as a whole: a server may
+# drip for ever.
 LONGEST = 1200.0
 # An answer that is asked for as a whole, B: ten times a page of a thousand large structures.
 MAX_ANSWER = 256 << 20
@@ -95,6 +97,12 @@ class _Patient(HTTPAdapter):
         self._say = say
         self._has_key = has_key
 
+    def get_connection_with_tls_context(self, *words: Any, **named: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*words, **named)
+        if not issubclass(pool.ConnectionCls, _Punctual):
+            pool.ConnectionCls = type("Connection", (_Punctual, pool.ConnectionCls), {})
+        return pool
+
     def send(
         self,
         request: requests.PreparedRequest,
@@ -145,6 +153,39 @@ class _Patient(HTTPAdapter):
         raise RunFailed(f"{host} fails {ATTEMPTS} times: {reason}", remedy=f"later, {AGAIN}")
 
 
+class _Punctual:
+    """Mixed into a connection: the head of an answer comes in time, or none."""
+
+    sock: Any
+
+    def getresponse(self) -> Any:
+        late = threading.Event()
+
+        def hang_up() -> None:
+            late.set()
+            with suppress(OSError):  # the server was faster
+                self.sock.shutdown(0)  # for reading
+
+        try:
+            with _ends(hang_up):
+                return super().getresponse()  # type: ignore[misc]
+        finally:
+            if late.is_set():  # half a head would pass for a whole one
+                raise TimeoutError("timed out") from None
+
+
+@contextmanager
+def _ends(hang_up: Callable[[], Any]) -> Iterator[None]:
+    """Call `hang_up` if what is within takes too long."""
+    deadline = threading.Timer(LONGEST, hang_up)
+    deadline.daemon = True
+    deadline.start()
+    try:
+        yield
+    finally:
+        deadline.cancel()
+
+
 class _Broken(Exception):
     """An answer that came whole, but is no answer."""
 
@@ -157,14 +198,9 @@ def _read(response: requests.Response) -> None:
         requests.RequestException: it does not come whole.
         _Broken: a good status, and no JSON.
     """
-    deadline = threading.Timer(LONGEST, response.raw.shutdown)
-    deadline.daemon = True
-    deadline.start()
-    response.raw = _Limited(response.raw, str(response.url))
-    try:
+    with _ends(response.raw.shutdown):
+        response.raw = _Limited(response.raw, str(response.url))
         content = response.content
-    finally:
-        deadline.cancel()
     if response.status_code == 200:  # a redirect or a refusal may be anything
         try:
             orjson.loads(content)

@@ -7,7 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ablation.stats import Samples
+from ablation.trials import read_trials
 from training.metrics import METRICS, score
+
+
+def sampled(table: pa.Table, **options: int) -> Samples:
+    """The samples of a table of predictions."""
+    return Samples(read_trials(table), **options)
+
 
 KEYS = ("trial", "model", "arm", "strength", "mode", "seed")
 

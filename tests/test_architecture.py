@@ -15,10 +15,6 @@ MODULES = [
     *(path for package in ORDER[:-1] for path in sorted((ROOT / package).rglob("*.py"))),
     ROOT / "xtal.py",
 ]
-# Module → why it is longer than 300 lines.
-LONG = {
-    "xtal.py": "all verbs of the command line, of which each is a few lines",
-}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 # The one module that asks the kernel for addresses and free ports.
@@ -90,7 +86,7 @@ def sins(name: str, text: str) -> list[str]:
     lines = text.count("\n")
     if text and not ast.get_docstring(tree):
         found.append("has no docstring")
-    if lines > 300 and name not in LONG:
+    if lines > 300:
         found.append(f"has {lines} lines")
     return found
 

@@ -6,13 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from simulated import plain, predictions
+from simulated import plain, predictions, sampled
 
 from ablation.catalogue import Catalogue
 from ablation.contrast import SIDES, contrast, contrast_table, declared, sentence
 from ablation.crystals import crystal_table, loss_table
 from ablation.perturbations import ARMS
-from ablation.stats import sampled
 from ablation.trials import Condition, read_trials
 
 ALIKE = {"none": 1.5, "directions_random": 1.0, "intensity_binary": 1.0, "intensity_shuffled": 1.0}

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated import sampled
 from sklearn import metrics as oracle
 from small import random_set, tiny
 
-from ablation.stats import effect_table, sampled
+from ablation.stats import effect_table
 from cluster.errors import UserError
 from training.breakdown import by_class, by_part
 from training.calibration import TEMPERATURES, fit_temperature, log_loss, reliability, scaled

@@ -1,12 +1,19 @@
-"""Are the figures' colours told apart on paper, and by readers who see fewer of them?"""
+"""Are the figures' colours told apart on paper, and by readers who see fewer of them; and names?"""
 
 import itertools
+from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 
-from ablation.figures import GREY
+from ablation.figures import _STYLE, GREY, wrapped
+from ablation.figures_effects import forest, heat_map
+from ablation.perturbations import ARMS
+from ablation.report_study import Effect
+from ablation.trials import Condition
 from training.figures import COLOURS, DASHES, curves_figure
+from training.metrics import Interval
 
 # Machado, Oliveira & Fernandes, IEEE TVCG 15, 1291 (2009), severity 1.0, of linear sRGB.
 SEEN_BY = {
@@ -87,3 +94,50 @@ def test_lines_differ_without_colour():
         assert len(set(looks)) == len(lines) == 7
         assert all(a[0] != b[0] for a, b in itertools.pairwise(looks))
     assert len(set(DASHES)) == 4
+
+
+def effects(mode, models=("pointnet",)):
+    """Of every arm, at a dose that takes room."""
+    change = Interval(-0.123, -0.2, -0.05)
+    return [
+        Effect(
+            Condition(model, name, arm.strength and 0.05, mode),
+            *(0.9, 0.8, change, 3, 0.01, "undecided", {"metric": "auroc"}),
+        )
+        for model in models
+        for name, arm in ARMS.items()
+    ]
+
+
+def touching(figure):
+    """Pairs of texts of one panel that share a place."""
+    figure.draw_without_rendering()
+    found = []
+    for axes in figure.axes:
+        texts = [*axes.get_xticklabels(), *axes.get_yticklabels(), *axes.texts]
+        placed = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text()]
+        pairs = itertools.combinations(placed, 2)
+        found += [(one[0], other[0]) for one, other in pairs if one[1].overlaps(other[1])]
+    return found
+
+
+@pytest.mark.parametrize("mode", ["retrain", "train_only"])
+def test_names_of_many_arms_do_not_touch(mode):
+    with matplotlib.rc_context(_STYLE):
+        assert touching(forest(effects(mode), "AUROC")) == []
+
+
+@pytest.mark.parametrize(
+    ("tasks", "models"), [(1, ["a"]), (3, ["a"]), (4, ["a"]), (5, ["lattice_only", "harmonic"])]
+)
+def test_columns_and_cells_of_a_heat_map_do_not_touch(tasks, models):
+    names = ["log_shear_modulus", "crystal_system", "bulk_modulus", "band_gap", "stability"]
+    found = [e for e in effects("test_only", models) if e.condition.arm in list(ARMS)[1:13]]
+    studies = [SimpleNamespace(task=name, primary="auroc", effects=found) for name in names[:tasks]]
+    with matplotlib.rc_context(_STYLE):
+        assert touching(heat_map(studies)) == []
+
+
+def test_a_mode_stays_in_one_piece():
+    assert wrapped("intensity_shuffled (test_only)", 25) == "intensity_shuffled\n(test_only)"
+    assert wrapped("intensity_shuffled_in_shells", 20) == "intensity_shuffled_\nin_shells"

@@ -118,7 +118,7 @@ def test_a_run_begins_with_the_weights_of_another(clouds, labelled, tmp_path):
         ({"model": "harmonic"}, "model is 'pointnet' there, 'harmonic' here"),
         ({"test_fraction": 0.3}, "its training saw crystals that are for test here"),
         ({"validation_fraction": 0.3}, "its training saw crystals that are for validation here"),
-        ({"init": str(tmp_path)}, "no such file"),
+        ({"init": str(tmp_path)}, "is no training run"),
     ):
         with pytest.raises(UserError, match=message):
             begun(tiny(**(init | changes)))

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from simulated import plain, predictions
+from simulated import plain, predictions, sampled
 
 from ablation import stats
 from ablation.significance import MARGIN, equivalence
@@ -14,11 +14,11 @@ from training.metrics import METRICS, evaluate, group_weights, score
 
 
 def metric_table(predictions, **options):
-    return stats.metric_table(stats.sampled(predictions, **options))
+    return stats.metric_table(sampled(predictions, **options))
 
 
 def effect_table(predictions, **options):
-    return stats.effect_table(stats.sampled(predictions, **options))
+    return stats.effect_table(sampled(predictions, **options))
 
 
 def _simulated(random, skills, *, seeds=3, crystals=150, between=0.0, paired_between=0.0):

@@ -5,16 +5,17 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
+from simulated import sampled
 
 from ablation import stats
 
 
 def metric_table(predictions, **options):
-    return stats.metric_table(stats.sampled(predictions, **options))
+    return stats.metric_table(sampled(predictions, **options))
 
 
 def effect_table(predictions, *, reference="none", **options):
-    return stats.effect_table(stats.sampled(predictions, **options), reference=reference)
+    return stats.effect_table(sampled(predictions, **options), reference=reference)
 
 
 def _two_trials():

@@ -13,7 +13,7 @@ from cluster.attempt import jobs_folder
 from cluster.errors import UserError
 from cluster.slurm import record
 from featurization import worker
-from training.config import TrainingConfig
+from training.config import ModelName, TrainingConfig
 
 
 def test_a_dataset_at_work_and_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,9 +38,11 @@ def test_a_dataset_at_work_and_finished(tmp_path: Path, monkeypatch: pytest.Monk
     assert (at.done, at.total, at.finished) == (200, 200, True)
 
 
-def training(folder: Path, epochs: int, done: int, *, model: bool = False) -> Path:
+def training(
+    folder: Path, epochs: int, done: int, *, model: bool = False, kind: ModelName = "pointnet"
+) -> Path:
     folder.mkdir(parents=True)
-    config = TrainingConfig(task="crystal_system", epochs=epochs)
+    config = TrainingConfig(task="crystal_system", epochs=epochs, model=kind)
     (folder / "config.json").write_text(json.dumps({"training": config.model_dump()}))
     rows = [f"{epoch},{1 / epoch:.6f}\n" for epoch in range(1, done + 1)]
     (folder / "history.csv").write_text("epoch,train_loss\n" + "".join(rows))
@@ -58,6 +60,15 @@ def test_a_training(tmp_path: Path) -> None:
     assert not at.finished  # without its model it is still at work
     (at,) = look(training(tmp_path / "c", 5, 5, model=True))
     assert at.finished
+
+
+def test_a_blend_is_finished_with_the_last_of_its_models(tmp_path: Path) -> None:
+    run = training(tmp_path / "run", 3, 0, kind="blend")
+    for number, finished in enumerate((False, True)):
+        (run / f"member-{number}").mkdir()
+        (run / f"member-{number}" / "model.safetensors").touch()
+        (at,) = look(run)
+        assert at.finished is finished
 
 
 def test_the_rate_and_silence(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from training.metrics import ECE_BINS, Interval, confusion_matrix
+from training.metrics import ECE_BINS, Interval, confusion_matrix, ece_bins
 from training.proportion import proportion
 
 FloatArray = NDArray[np.float64]
@@ -92,10 +92,9 @@ def reliability(
         raise ValueError(f"groups_N has {len(groups)} entries for {len(labels)} labels")
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
-    edges = np.linspace(0, 1, ECE_BINS + 1)
-    bin_N = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, ECE_BINS - 1)
+    bin_N = ece_bins(confidence)
     table = []
-    for number, (low, high) in enumerate(pairwise(edges.tolist())):
+    for number, (low, high) in enumerate(pairwise(np.linspace(0, 1, ECE_BINS + 1).tolist())):
         inside = bin_N == number
         count = int(inside.sum())
         table.append(

@@ -1,11 +1,14 @@
 """What decides a training; with the dataset's content hash, all of it."""
 
+import json
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from cluster.config import Config
+from cluster.errors import UserError
 from featurization.config import RadiationName
 from training.tasks import Task, TaskName, task_of
 
@@ -132,3 +135,18 @@ class TrainingConfig(Config):
         """The same about one question alone."""
         threshold = self.threshold if task == self.task else None
         return self.model_copy(update={"task": task, "threshold": threshold, "also": ()})
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    """The content of a run's config.json.
+
+    Raises:
+        UserError: no training run.
+    """
+    try:
+        content: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        return content
+    except FileNotFoundError:
+        raise UserError(
+            f"{run} is no training run: it has no config.json", remedy="run xtal train first"
+        ) from None

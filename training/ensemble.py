@@ -3,7 +3,6 @@
 An ensemble of one lives in the run folder itself, the members of a larger one in `member-K/`.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -19,7 +18,7 @@ from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.provenance import provenance
 from training import checkpoint
-from training.config import BLEND, BoostedName, ModelName, TrainingConfig
+from training.config import BLEND, BoostedName, ModelName, TrainingConfig, recorded
 from training.dataset import Clouds, CloudSet
 from training.inputs import blocks, prepared
 from training.loop import MODEL, device, fit, predict
@@ -165,14 +164,9 @@ def load_run(run: Path) -> tuple[Trained, dict[str, Any]]:
     Raises:
         UserError: no training run, or one that has not finished.
     """
-    try:
-        recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{run} is no training run: it has no config.json", remedy="run xtal train first"
-        ) from None
-    config = build_config(TrainingConfig, recorded["training"], where=str(run / "config.json"))
-    return load_members(run, config), recorded
+    said = recorded(run)
+    config = build_config(TrainingConfig, said["training"], where=str(run / "config.json"))
+    return load_members(run, config), said
 
 
 def load_members(run: Path, config: TrainingConfig) -> Trained:
@@ -250,5 +244,4 @@ def folders(run: Path, config: TrainingConfig) -> list[Path]:
 
 def kinds(config: TrainingConfig) -> tuple[ModelName, ...]:
     """Models of which each member of an ensemble has one."""
-    """The models that members are in turn."""
     return BLEND if config.model == "blend" else (config.model,)

@@ -21,18 +21,12 @@ from training.breakdown import by_part
 from training.card import write_card
 from training.config import TrainingConfig
 from training.dataset import Clouds, in_memory, open_clouds
-from training.ensemble import Trained, load_run
+from training.ensemble import load_run
 from training.leakage import audit
 from training.metrics import confusion_matrix, evaluate
 from training.numbers import errors
 from training.split import Parts
 from training.tensorboard import log_evaluation
-
-
-def predictions_of(trained: Trained, data: Clouds, parts: Parts) -> dict[str, NDArray[np.float64]]:
-    """Split → (n, C) probabilities of its crystals, for validation and test."""
-    sides = ("validation", "test")
-    return {side: trained.probabilities(data, parts.rows[side]).mean(axis=0) for side in sides}
 
 
 def prediction_table(

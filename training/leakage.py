@@ -49,9 +49,7 @@ class Nearest:
         return self.within_N > 0
 
 
-def audit(
-    data: CloudSet, rows: Mapping[str, IntArray], tolerance: float = TOLERANCE
-) -> tuple[dict[str, Any], pa.Table]:
+def audit(data: CloudSet, rows: Mapping[str, IntArray]) -> tuple[dict[str, Any], pa.Table]:
     """What the training split tells of the held-out ones: counts (plain JSON values), and a list.
 
     The list has a row for each crystal outside `train`: `id`, `group`, `split`, then twice, for the
@@ -71,7 +69,7 @@ def audit(
     }
     for kind in ("near", "isostructural"):
         profiles_ND = radial_profiles(data, scale_free=kind == "isostructural")
-        found = nearest(profiles_ND[outside], profiles_ND[train], tolerance)
+        found = nearest(profiles_ND[outside], profiles_ND[train])
         for side in held:
             counts[side][kind] = int(found.near_N[sides_N == side].sum())
         known = found.row_N >= 0
@@ -85,7 +83,7 @@ def audit(
     sides = np.concatenate([np.repeat("train", len(train)), sides_N])
     summary = {
         "shared_groups": shared_groups(data.groups[everyone].tolist(), sides.tolist()),
-        "tolerance": tolerance,
+        "tolerance": TOLERANCE,
         "splits": counts,
     }
     return summary, pa.table(columns)

@@ -181,6 +181,12 @@ def percentile_interval(samples_R: FloatArray, groups_N: Sequence[str]) -> tuple
     return float(low), float(high)
 
 
+def ece_bins(confidence_N: FloatArray) -> IntArray:
+    """(N,) numbers of the `ECE_BINS` equal bins (lower, upper] of [0, 1]."""
+    edges = np.linspace(0, 1, ECE_BINS + 1)
+    return np.clip(np.searchsorted(edges, confidence_N, side="left") - 1, 0, ECE_BINS - 1)
+
+
 def _checked(labels_N: ArrayLike, probabilities_NC: ArrayLike) -> tuple[IntArray, FloatArray]:
     labels = np.asarray(labels_N)
     probabilities = np.asarray(probabilities_NC, dtype=np.float64)
@@ -289,7 +295,5 @@ def _one_hot(column_N: IntArray, columns: int) -> FloatArray:
 def _calibration_gaps(labels_N: IntArray, probabilities_NC: FloatArray) -> FloatArray:
     """(N, B): accuracy minus confidence of each crystal in the column of its bin, else 0."""
     confidence = probabilities_NC.max(axis=1)
-    edges = np.linspace(0, 1, ECE_BINS + 1)
-    bins = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, ECE_BINS - 1)
     gap: FloatArray = (probabilities_NC.argmax(axis=1) == labels_N) - confidence
-    return _one_hot(bins, ECE_BINS) * gap[:, None]
+    return _one_hot(ece_bins(confidence), ECE_BINS) * gap[:, None]

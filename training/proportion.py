@@ -3,11 +3,20 @@
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from training.metrics import CONFIDENCE, Interval
+
+
+def wilson(share: Any, number: Any) -> tuple[Any, Any]:
+    """Ends of Wilson's 95 % score interval of shares of so many trials: numbers, or arrays."""
+    z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
+    middle = (share + z2 / (2 * number)) / (1 + z2 / number)
+    half = np.sqrt(z2 * (share * (1 - share) / number + z2 / (4 * number**2))) / (1 + z2 / number)
+    return np.clip(middle - half, 0.0, share), np.clip(middle + half, share, 1.0)
 
 
 def proportion(hits_N: ArrayLike, groups_N: Sequence[str]) -> Interval:
@@ -26,7 +35,5 @@ def proportion(hits_N: ArrayLike, groups_N: Sequence[str]) -> Interval:
     _, sizes = np.unique(np.asarray(groups_N, dtype=np.str_), return_counts=True)
     number = float(sizes.sum() ** 2 / (sizes**2).sum())
     share = float(hits.mean())
-    z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
-    middle = (share + z2 / (2 * number)) / (1 + z2 / number)
-    half = math.sqrt(z2 * (share * (1 - share) / number + z2 / (4 * number**2))) / (1 + z2 / number)
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+    low, high = wilson(share, number)
+    return Interval(share, float(low), float(high))

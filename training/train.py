@@ -12,7 +12,7 @@ from cluster.provenance import provenance
 from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
 from training import checkpoint, domain
-from training.config import TrainingConfig
+from training.config import TrainingConfig, recorded
 from training.dataset import open_clouds
 from training.distributed import fit_on_workers
 from training.ensemble import fit_members
@@ -59,20 +59,20 @@ def train(
     data = open_clouds(dataset, config.radiation)
     parts = Parts.of(data, config)  # a question that cannot be asked leaves no folder behind
     if begun:
-        recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        earlier = build_config(TrainingConfig, recorded["training"], where=f"{run}/config.json")
+        there = recorded(run)
+        earlier = build_config(TrainingConfig, there["training"], where=f"{run}/config.json")
         signature = {"config": config.deciding(), "identity": identity}
-        recorded = {"config": earlier.deciding(), "identity": recorded["identity"]}
-        checkpoint.check_signature(run / "config.json", signature, recorded)
+        theirs = {"config": earlier.deciding(), "identity": there["identity"]}
+        checkpoint.check_signature(run / "config.json", signature, theirs)
     else:
-        recorded = {
+        said = {
             "dataset": str(dataset.resolve()),
             "featurization": manifest["config"],
             "training": config.model_dump(),
             "identity": identity,
             "provenance": provenance(),
         }
-        write_text(run / "config.json", json.dumps(recorded, indent=1))
+        write_text(run / "config.json", json.dumps(said, indent=1))
     with stopping(run, progress) as told:
         if config.workers > 1:
             fit_on_workers(dataset, run, config, identity=identity, resume=resume, progress=told)
@@ -100,13 +100,7 @@ def questions_of(dataset: Path) -> list[TaskName]:
 
 def _check_init(init: Path, manifest: Mapping[str, Any]) -> None:
     """Refuse a run to begin with whose crystals were featurized otherwise."""
-    try:
-        recorded = json.loads((init / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"init = {init}: no such run", remedy="give a finished run's folder"
-        ) from None
-    theirs = featurization_of(init, recorded)
+    theirs = featurization_of(init, recorded(init))
     if differing := differences(theirs, FeaturizationConfig(**manifest["config"])):
         raise UserError(
             f"init = {init}: its crystals were featurized otherwise: {'; '.join(differing)}",

@@ -28,6 +28,7 @@ _LENGTHS = np.array(
 # Any two classes and the one of their sum.
 _SUMS = np.array([(x, y, x ^ y) for x in range(1, 8) for y in range(x + 1, 8)]) - 1
 
+_Q_MAX, _BINS, _LINES = 1.2, 30, 12  # 1/Å; of the powder pattern
 # |q| closer than this, in 1/Å, are one line.
 _SAME_LINE = 1e-4
 
@@ -114,20 +115,20 @@ def _selling(metric: list[list[float]]) -> tuple[float, ...]:
     return (*vector.parameters, *vector.gruber().parameters)
 
 
-def powder_columns(data: CloudSet, q_max: float = 1.2, bins: int = 30, lines: int = 12) -> Columns:
-    """The powder pattern up to `q_max` in 1/Å, I(000) included, and the first lines.
+def powder_columns(data: CloudSet) -> Columns:
+    """The powder pattern up to 1.2 1/Å, I(000) included, and the first lines.
 
-    Sums over all points (both Friedel mates) near bin · q_max / (bins − 1), shared linearly between
-    the two nearest bins, so that all of them are continuous in |q|: intensity, its part of the
+    Sums over all points (both Friedel mates) near bin · 1.2 / 29, shared linearly between the two
+    nearest bins, so that all of them are continuous in |q|: intensity, its part of the
     whole, amplitude √I, number of points, mean intensity (NaN without points). A logarithm would
-    tell trees nothing new. `lines` more are |q| and intensity of the shortest distinct |q| > 0.
+    tell trees nothing new. Twelve more are |q| and intensity of the shortest distinct |q| > 0.
     """
     q_P = data.q_P3.norm(dim=1).numpy()
     intensity_P = data.intensity_P.numpy()
-    sums = [profiles(data, w, q_max, bins) for w in (intensity_P, np.sqrt(intensity_P), q_P**0)]
+    sums = [profiles(data, w, _Q_MAX, _BINS) for w in (intensity_P, np.sqrt(intensity_P), q_P**0)]
     intensity, amplitude, points = (part.astype(np.float64) for part in sums)
     total = intensity.sum(axis=1, keepdims=True)
-    q_lines, i_lines = _lines(data, q_P, lines)
+    q_lines, i_lines = _lines(data, q_P, _LINES)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
             "intensity": intensity,

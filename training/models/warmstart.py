@@ -1,6 +1,5 @@
 """Weights of a finished run → a new network: pre-train on one question, fine-tune on another."""
 
-import json
 from pathlib import Path
 
 from torch import nn
@@ -8,7 +7,7 @@ from torch import nn
 from cluster.config import build_config
 from cluster.errors import UserError
 from training import checkpoint
-from training.config import TrainingConfig
+from training.config import TrainingConfig, recorded
 
 _REMEDY = "choose another run for init, or the same settings as there"
 
@@ -24,7 +23,9 @@ def begin(network: nn.Module, config: TrainingConfig) -> None:
             crystals that this one is to be validated or tested with.
     """
     assert config.init is not None
-    theirs = recorded(Path(config.init))
+    run = Path(config.init)
+    where = str(run / "config.json")
+    theirs = build_config(TrainingConfig, recorded(run)["training"], where=where)
     for name in ("model", "width", "radiation"):
         own, other = getattr(config, name), getattr(theirs, name)
         if own != other:
@@ -41,7 +42,7 @@ def begin(network: nn.Module, config: TrainingConfig) -> None:
                 f"since {name}_fraction is {other} there, {own} here",
                 remedy=_REMEDY,
             )
-    folder = Path(config.init) if theirs.members == 1 else Path(config.init) / "member-0"
+    folder = run if theirs.members == 1 else run / "member-0"
     tensors, _ = checkpoint.read(folder / "model.safetensors")
     if theirs.questions != config.questions:
         assert isinstance(network.head, nn.Sequential)
@@ -49,19 +50,3 @@ def begin(network: nn.Module, config: TrainingConfig) -> None:
         kept = network.state_dict()
         tensors = {n: kept[n] if n.startswith(answering) else t for n, t in tensors.items()}
     network.load_state_dict(tensors)
-
-
-def recorded(run: Path) -> TrainingConfig:
-    """The settings of a run.
-
-    Raises:
-        UserError: no training run.
-    """
-    where = run / "config.json"
-    try:
-        content = json.loads(where.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{where}: no such file", remedy="give the folder of a finished run"
-        ) from None
-    return build_config(TrainingConfig, content["training"], where=str(where))

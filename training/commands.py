@@ -1,0 +1,167 @@
+"""Verbs of `xtal` that train and use what is trained: train, evaluate, predict."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.terminal import (
+    AsJson,
+    ConfigFile,
+    OptionsFile,
+    bar,
+    configured,
+    show_json,
+    summary,
+)
+
+
+def train(
+    dataset: Annotated[Path, typer.Argument(metavar="OUT", help="A dataset folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder for the training run.")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="crystal_system, bulk_modulus, shear_modulus, band_gap, stability, or all: one "
+            "network for all that the dataset has labels of; numbers: log_bulk_modulus, "
+            "log_shear_modulus."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Cut between the classes, in the label's unit.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="pointnet, harmonic, attention, powder_cnn, boosted, blend; "
+            "baselines: majority, lattice_only, powder, composition_only."
+        ),
+    ] = None,
+    members: Annotated[
+        int | None, typer.Option(help="Models of an ensemble; their spread is the uncertainty.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="A finished run whose weights the network begins with.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Weights, order and rotations.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that share each batch.")] = None,
+    config: ConfigFile = None,
+    resume: Annotated[bool, typer.Option(help="Go on from RUN's checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Time a few steps, say what all take, and stop.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a classifier on a dataset and evaluate it on the held-out test crystals."""
+    from training.config import TrainingConfig
+    from training.metrics_tables import show
+    from training.timing import expect
+    from training.train import questions_of
+    from training.train import train as run_training
+
+    flags: dict[str, Any] = {
+        "task": task,
+        "threshold": threshold,
+        "model": model,
+        "members": members,
+        "epochs": epochs,
+        "init": init,
+        "seed": seed,
+        "workers": workers,
+    }
+    if task == "all":
+        flags["task"], *flags["also"] = questions_of(dataset)
+    settings = configured(TrainingConfig, config, flags)
+    if dry_run:
+        expected = expect(dataset, settings)
+        if as_json:
+            show_json(expected)
+        else:
+            summary("what to expect; nothing was trained", expected)
+        return
+    total = settings.members * settings.passes
+    with bar(settings.question.question, total, shown=not as_json) as update:
+        answer = run_training(
+            dataset,
+            run,
+            settings,
+            resume=resume,
+            progress=lambda at: update(at.epoch + at.step / at.steps),
+        )
+    if as_json:
+        show_json(answer)
+    else:
+        show(run, answer)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    dataset: Annotated[
+        Path | None, typer.Option(help="Where the dataset is now, if it has moved.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another run, on the same test crystals, to compare with.")
+    ] = None,
+    leaks: Annotated[
+        bool, typer.Option(help="Count test crystals with a near-duplicate in training.")
+    ] = False,
+    config: OptionsFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a trained model again: metrics of the test crystals with 95 % intervals.
+
+    metrics.json also has calibration, metrics by class and crystal system, and of an ensemble how
+    its doubt goes with error.
+    """
+    from training.evaluate import evaluate_run
+    from training.metrics_tables import show
+
+    answer = evaluate_run(run, dataset, against=against, leaks=leaks)
+    if as_json:
+        show_json(answer)
+    else:
+        show(run, answer)
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished training run.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Crystals as for featurize, or the folder of a dataset."
+        ),
+    ],
+    table: Annotated[Path, typer.Option("--out", help="Table to write: .csv, .parquet or .jsonl.")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="A question of the model, or all of them: a row for each; default: first."
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Processes that featurize beside this one.", min=1)
+    ] = 1,
+    config: OptionsFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict crystals with a trained model: one row each, in the order of the source.
+
+    What cannot be read is a row with a reason. lower and upper are the extremes of the ensemble's
+    members; of a model without an ensemble they are empty.
+    """
+    from training.predict import predict as run_prediction
+
+    with bar("crystals", None, shown=not as_json) as update:
+        counts = run_prediction(run, source, table, task=task, processes=processes, progress=update)
+    if as_json:
+        show_json(counts)
+    else:
+        summary(f"predictions {table}", dict(counts))
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the command line."""
+    app.command()(train)
+    app.command()(evaluate)
+    app.command()(predict)
