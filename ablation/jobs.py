@@ -79,11 +79,21 @@ class Bereaved:
         """A job, the node of its worker, and what Ray says of that one's death."""
         self._jobs.append((time.monotonic() + self._patience, node, job, said))
 
-    def take(self, nodes: Container[str]) -> list[tuple[Job, str, bool]]:
-        """Jobs, what Ray said, and whether the node is among those that are left."""
+    def blamed(self, nodes: Container[str], queue: "Queue") -> list[tuple[Job, str]]:
+        """Jobs whose node is still among those that are left, and what Ray said.
+
+        Those whose node is not go back into the queue.
+        """
         over = [each for each in self._jobs if each[1] not in nodes or each[0] < time.monotonic()]
         self._jobs = [each for each in self._jobs if each not in over]
-        return [(job, said, node in nodes) for _, node, job, said in over]
+        found = []
+        for _, node, job, said in over:
+            queue.ended(job)
+            if node in nodes:
+                found.append((job, said))
+            else:
+                queue.back(job)
+        return found
 
 
 class Queue:

@@ -39,7 +39,6 @@ from training.dataset import load
 from training.ensemble import folders
 from training.loop import MODEL
 
-_DISK = "make room and give the same command again; what is done is recorded"
 _NOTICED = 20.0  # s in which Ray notices that a node is lost (cluster/ray_node.py)
 _LOOK = 2.0  # s between looks at how far trainings are
 
@@ -76,14 +75,12 @@ def run_grid(
     manifest = read_manifest(Path(grid.dataset))
     planned = plan(grid, manifest["content_hash"])
     layout.refuse_strangers(out)
-    data = load(Path(grid.dataset), grid.training.radiation)
     place = out if part is None else part.folder(out)
     with driving(place) as claim:
         if part is not None:
             refuse_driven(out)
             planned = part.of(planned)
-        layout.begin(out, grid, manifest, data)
-        del data
+        layout.begin(out, grid, manifest, load(Path(grid.dataset), grid.training.radiation))
         record = Record.mended(place)
         if part is None:
             take_up(record, out, planned)
@@ -213,12 +210,8 @@ class _Driver:
                     self._done(queue, job, answers)
             if bereaved:
                 alive = {each["NodeID"] for each in ray.nodes() if each["Alive"]}
-                for job, said, blamed in bereaved.take(alive):
-                    queue.ended(job)
-                    if blamed:
-                        self._failed(queue, job, Failure(said, hopeless=False))
-                    else:  # it went with its node
-                        queue.back(job)
+                for job, said in bereaved.blamed(alive, queue):
+                    self._failed(queue, job, Failure(said, hopeless=False))
             self._tell(running(), processes, queue)
 
     def _start(self, worker: Any, job: Job) -> Any:
@@ -250,7 +243,8 @@ class _Driver:
         """Put a job back, or write down that its trials failed, and those that need its model."""
         self._claim.check()
         if failure.disk:
-            raise DiskFailed(failure.traceback.strip().splitlines()[-1], remedy=_DISK)
+            said = failure.traceback.strip().splitlines()[-1]
+            raise DiskFailed(said, remedy="make room and give the same command again")
         if job.fit is None and len(job.trials) > 1:  # one of them may be to blame
             for trial in job.trials:
                 queue.back(Job(None, (trial,), job.source, job.group))
