@@ -10,13 +10,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from ablation.grid import GridConfig
+from ablation.plan import plan
+from ablation.worker import Shared, Worker
 from cluster.attempt import mark
-from cluster.files import append_line, whole_lines
+from cluster.files import append_line, whole_lines, write_text
+from cluster.mpi import OneProcess
 from cluster.provenance import provenance
 from cluster.ray_session import ray_for
+from featurization.config import FeaturizationConfig
+from featurization.featurize import featurize
+from training.dataset import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "slurm"))
 from machines import Machines, obstacle
@@ -88,6 +96,71 @@ def dispatch(outstanding: int) -> tuple[float, float]:
     return whole, spent / count
 
 
+def control(nodes: int = 8, actors: int = 60) -> tuple[float, float]:
+    """Processor seconds of Ray's control plane (GCS) a second and node, and an actor.
+
+    By that many further nodes on this machine, each without a core of its own.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    quiet = {"include_dashboard": False, "object_store_memory": 1 << 27}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | quiet)
+    try:
+        (gcs,) = [p for p in psutil.process_iter() if p.name() == "gcs_server"]
+
+        def busy(seconds: float) -> float:
+            before = sum(gcs.cpu_times()[:2])
+            time.sleep(seconds)
+            return (sum(gcs.cpu_times()[:2]) - before) / seconds
+
+        time.sleep(5)
+        alone = busy(20)
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=0, object_store_memory=1 << 27)
+        time.sleep(5)
+        a_node = (busy(20) - alone) / nodes
+        ray.init(address=cluster.address, logging_level="error")
+
+        @ray.remote(num_cpus=0)
+        class Empty:
+            def run(self) -> None:
+                pass
+
+        before, begun = sum(gcs.cpu_times()[:2]), time.monotonic()
+        hired = [Empty.remote() for _ in range(actors)]
+        ray.get([each.run.remote() for each in hired])
+        idle = (alone + nodes * a_node) * (time.monotonic() - begun)
+        return a_node, max(0.0, sum(gcs.cpu_times()[:2]) - before - idle) / actors
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def files(folder: Path) -> tuple[float, float]:
+    """Seconds to write a file whole or not at all, and file operations of a trial of 10 epochs."""
+    begun = time.perf_counter()
+    for number in range(100):
+        write_text(folder / f"{number}.json", ROW)
+    seconds = (time.perf_counter() - begun) / 100
+    dataset = folder / "dataset"
+    featurize("prototypes:140", dataset, FeaturizationConfig(selection="miller:2"), OneProcess())
+    training = {"task": "crystal_system", "epochs": 10, "width": 16}
+    grid = GridConfig(dataset=str(dataset), arms=("none",), seeds=(0,), training=training)
+    (trial,) = plan(grid, "")
+    base, count = Shared.of("base", load(dataset)), 0
+    names = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
+    fits = str(folder / "fits")
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        count += event in names and str(arguments[0]).startswith(fits)
+
+    sys.addaudithook(hear)
+    Worker(folder, 1, 0).train(trial.fit, [trial], base, base)
+    return seconds, count
+
+
 def steps() -> tuple[float, float]:
     """Seconds to start a step of one node, and MiB of its srun."""
     slurm = Machines()
@@ -113,11 +186,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         wrote, read = records(Path(name))
         seen = marks(Path(name))
+        whole_file, operations = files(Path(name))
     with ray_for(2):
         few, many = dispatch(100), dispatch(3000)
+    a_node, an_actor = control()
     print("\n## Measured\n\n| what | value |\n| --- | --- |")
     print(f"| append and fsync a result | {1e3 * wrote:.2f} ms |")
     print(f"| read a result | {1e6 * read:.0f} µs |")
+    print(f"| write a file, fsync and rename it | {1e3 * whole_file:.2f} ms |")
+    print(f"| file operations of a trial of 10 epochs | {operations} |")
+    print(f"| processor time of Ray's GCS, a node and second | {1e3 * a_node:.2f} ms |")
+    print(f"| the same, an actor that starts | {1e3 * an_actor:.1f} ms |")
     print(f"| look at a file for the mark of an attempt | {1e6 * seen:.0f} µs |")
     for count, (whole, waited) in ((100, few), (3000, many)):
         print(f"| a call to an actor and its end, {count} others at work | {1e3 * whole:.2f} ms |")
@@ -140,6 +219,7 @@ def main() -> None:
         ("10⁵ trials: work of the cores", TRIALS * TRIAL_SECONDS / cores, "all cores"),
         (f"driver, with {at_work:,} trials at work", each * TRIALS, "one process"),
         ("of that, appending results", wrote * TRIALS, "one process"),
+        ("hiring a worker a core", an_actor * at_work, "GCS, each start"),
         ("reading the results", read * TRIALS, "each start"),
         ("mark of an attempt", seen * 2 * TRIALS, "each start"),
         ("1,000 steps, one after the other", step[0] * NODES, "controller, each start"),
@@ -148,7 +228,10 @@ def main() -> None:
     print("| term | seconds | who |\n| --- | --- | --- |")
     for what, seconds, who in rows:
         print(f"| {what} | {seconds:,.0f} | {who} |")
-    print(f"\n1,000 sruns on the first node: {step[1] * NODES / 1024:.1f} GiB.")
+    print(f"\nGCS at rest, {NODES:,} nodes: {100 * a_node * NODES:.0f} % of a core.")
+    rate = at_work / TRIAL_SECONDS * operations
+    print(f"File operations of {at_work:,} trials at work: {rate:,.0f} a second.")
+    print(f"1,000 sruns on the first node: {step[1] * NODES / 1024:.1f} GiB.")
 
 
 if __name__ == "__main__":
