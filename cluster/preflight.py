@@ -53,8 +53,7 @@ def probe_node(site: Site, jobs: Path, setup: dict[str, str]) -> Finding:
     )
     tasks = min(2, site.cores_per_node)
     words = ["srun", "--nodes=1", f"--ntasks={tasks}", "--time=5", "--quiet", f"--mpi={site.mpi}"]
-    names = ("account", "partition", "qos", "constraint", "reservation")
-    words += [f"--{name}={value}" for name in names if (value := getattr(site, name))]
+    words += site.where()
     environment = os.environ | site.environment() | setup
     try:
         done = subprocess.run(

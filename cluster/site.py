@@ -92,12 +92,15 @@ class Site(Config):
         scale = {"K": 2**-10, "M": 1, "G": 2**10, "T": 2**20}.get(text[-1], 1)
         return int(int(text.rstrip("KMGT")) * scale)
 
+    def where(self) -> list[str]:
+        """Words for sbatch and srun that choose the nodes."""
+        names = ("account", "partition", "qos", "constraint", "reservation")
+        values = ((name, getattr(self, name)) for name in names)
+        return [f"--{name}={value}" for name, value in values if value is not None]
+
     def sbatch_options(self, verb: str) -> list[str]:
         """Words for sbatch. Each value is part of one word, which no shell reads."""
-        words = []
-        for name in ("account", "partition", "qos", "constraint", "reservation"):
-            if (value := getattr(self, name)) is not None:
-                words.append(f"--{name}={value}")
+        words = self.where()
         if verb == "featurize":
             words += [f"--ntasks-per-node={self.cores_per_node}", "--cpus-per-task=1"]
         else:

@@ -198,11 +198,6 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not re.match(r"S(LURM|BATCH)_(?!CONF)", k)}
 
 
-def resolved(word: str) -> str:
-    """A path that exists as an absolute one; anything else as it is."""
-    return str(Path(word).resolve()) if word and Path(word).exists() else word
-
-
 def _literally(path: Path) -> str:
     # To SLURM, %j is a job's number and %% a percent sign, unless there is a backslash in the name.
     text = str(path)

@@ -12,7 +12,7 @@ import typer
 from cluster.errors import UserError
 from cluster.files import write_text
 from cluster.slurm import cancel
-from cluster.submit import Plan, resolved
+from cluster.submit import Plan
 from cluster.submit_asked import (
     After,
     Asked,
@@ -48,7 +48,7 @@ def submit_featurize(
     as_json: AsJson = False,
 ) -> None:
     """Featurize on all cores of the nodes, under srun and MPI."""
-    words = [resolved(source), str(dataset.absolute()), *context.args]
+    words = [source, str(dataset.absolute()), *context.args]
     _submit(context, "featurize", dataset, words)
 
 
@@ -129,7 +129,7 @@ def submit_all(
     dataset = str(parts[0])
     plan = run / "grid.toml" if grid is None else grid.absolute()
     calls = {
-        "featurize": [resolved(source), dataset, *_config(features)],
+        "featurize": [source, dataset, *_config(features)],
         "train": [dataset, str(parts[1]), "--task", task, *_config(training)],
         "ablate": [str(plan), str(parts[2]), "--dataset", dataset],
     }
