@@ -6,17 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from cluster import memory
+from cluster.errors import UserError
 from cluster.terminal import duration
 from training.config import TrainingConfig
 from training.dataset import CloudSet, load
 from training.ensemble import kinds, prepare
+from training.inputs import Rows
 from training.loop import fit
 from training.models.boosted import Boosted
 from training.models.build import is_boosted
 from training.peers import Alone
 from training.split import Parts
 
+_SAMPLE = 3000  # crystals that are timed for all
 _STEPS = (3, 15)  # a network is timed between these steps
 _TREES = (5, 25)  # and trees between these numbers of rounds
 _FORWARD = 1 / 3  # of a step's time, for a crystal that is only answered
@@ -24,11 +30,12 @@ _FORWARD = 1 / 3  # of a step's time, for a crystal that is only answered
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Seconds of a training, and of an answer to the test crystals."""
+    """Seconds of a training, and of an answer to the test crystals; bytes."""
 
     once: float  # clouds, inputs
     training: float
     test: float
+    inputs: float  # bytes of what the models see
 
 
 def expect(dataset: Path, config: TrainingConfig) -> dict[str, str]:
@@ -39,6 +46,7 @@ def expect(dataset: Path, config: TrainingConfig) -> dict[str, str]:
     """
     before = memory.resident()
     data = load(dataset, config.radiation)
+    clouds = memory.resident() - before
     parts = Parts.of(data, config)
     timed = timed_training(data, config, parts)
     seconds = timed.once + timed.training + timed.test
@@ -47,7 +55,7 @@ def expect(dataset: Path, config: TrainingConfig) -> dict[str, str]:
     return {
         "crystals": sides,
         "time": f"{duration(seconds)} in one process, if no early stop shortens it{several}",
-        "memory": f"about {(memory.resident() - before) / 2**30 + 0.7:.1f} GiB a process",
+        "memory": f"about {(clouds + timed.inputs) / 2**30 + 0.7:.1f} GiB a process",
     }
 
 
@@ -58,22 +66,25 @@ def timed_training(data: CloudSet, config: TrainingConfig, parts: Parts) -> Time
 
 
 def _time(data: CloudSet, config: TrainingConfig, parts: Parts) -> Timed:
+    some, own = _sample(data, config, parts)
+    times = len(data) / len(some)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
-        seen = prepare(config, data, parts.rows["train"], Alone(), Path(name))
-        once = time.perf_counter() - start
+        seen = prepare(config, some, own.rows["train"], Alone(), Path(name))
+        once = times * (time.perf_counter() - start)
+        answer = once * len(parts.rows["test"]) / len(data)
         if is_boosted(config.model):
-            training = _time_trees(seen.inputs, config, parts)
-            return Timed(
-                once, config.members * training, once * len(parts.rows["test"]) / len(data)
-            )
+            # Trees want as many rows as there will be, whichever.
+            whole = seen.inputs[np.arange(len(data)) % len(some)]
+            training = _time_trees(whole, config, parts)
+            return Timed(once, config.members * training, answer, whole.nbytes)
         marks: list[float] = []
         short = config.model_copy(
-            update={"members": 1, "batch_size": min(config.batch_size, len(parts.rows["train"]))}
+            update={"members": 1, "batch_size": min(config.batch_size, len(own.rows["train"]))}
         )
         fit(
             Path(name) / "run",
-            data,
+            some,
             short,
             identity={},
             inputs=seen.inputs,
@@ -81,12 +92,25 @@ def _time(data: CloudSet, config: TrainingConfig, parts: Parts) -> Timed:
             progress=lambda at: marks.append(time.perf_counter()),
             stop_after=_STEPS[1],
         )
+    size = times * seen.inputs.values_N.nbytes if isinstance(seen.inputs, Rows) else 0.0
     first = min(_STEPS[0], len(marks) - 1)
     step = (marks[-1] - marks[first - 1]) / max(1, len(marks) - first)
     crystals = config.epochs * (len(parts.rows["train"]) + _FORWARD * len(parts.rows["validation"]))
-    training = config.members * step * crystals / config.batch_size
-    test = config.members * step * _FORWARD * len(parts.rows["test"]) / config.batch_size
-    return Timed(once, training, test + once * len(parts.rows["test"]) / len(data))
+    training = config.members * step * crystals / short.batch_size
+    test = config.members * step * _FORWARD * len(parts.rows["test"]) / short.batch_size
+    return Timed(once, training, test + answer, size)
+
+
+def _sample(data: CloudSet, config: TrainingConfig, parts: Parts) -> tuple[CloudSet, Parts]:
+    """So few crystals that they are soon prepared, from all over the set; all, if classes miss."""
+    rows = torch.cat(list(parts.rows.values())).sort().values.numpy()
+    if len(rows) <= _SAMPLE:
+        return data, parts
+    some = data.subset(rows[:: -(-len(rows) // _SAMPLE)])
+    try:
+        return some, Parts.of(some, config)
+    except UserError:
+        return data, parts
 
 
 def _time_trees(description_NF: Any, config: TrainingConfig, parts: Parts) -> float:
