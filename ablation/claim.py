@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ class Claim:
             there = read_claim(self._out)
             if there is not None and there["token"] != self._token:
                 return
-            self._write()
+            with suppress(OSError):  # a full disk; the next beat may find room
+                self._write()
 
     def _write(self) -> None:
         claim = {"token": self._token, **_here(), "at": round(time.time(), 3), **self._news}

@@ -2,20 +2,23 @@
 
 import hashlib
 import json
-import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
+from types import FrameType
 from typing import Any
 
 from ablation.perturbations import featurization_of
 from cluster.config import build_config
-from cluster.errors import RunFailed, UserError
+from cluster.errors import DiskFailed, RunFailed, Stopped, UserError
 from cluster.mpi import OneProcess
+from cluster.submit import clean_environment
 from featurization.config import FeaturizationConfig, RadiationName
 from featurization.featurize import featurize
 from featurization.manifest import read_manifest
@@ -121,14 +124,38 @@ def on_ranks(
             *(mpiexec, "-n", str(ranks), sys.executable, "-m", "xtal", "featurize"),
             *(spec, str(out), "--config", str(settings), *(["--append"] if append else [])),
         )
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        failure = UserError if done.returncode == 2 else RunFailed
-        raise failure(
-            f"xtal featurize {spec} {out} failed:\n{done.stderr.strip()}",
-            remedy="mend the source, or the MPI installation",
+        code, said = _here(command)
+    if code:
+        known = {2: UserError, DiskFailed.exit_code: DiskFailed, Stopped.exit_code: Stopped}
+        raise known.get(code, RunFailed)(
+            f"xtal featurize {spec} {out} ended with {code}:\n{said.strip()}",
+            remedy="see above; the same command goes on",
         )
+
+
+def _here(command: Sequence[str]) -> tuple[int, str]:
+    """Run mpiexec on this machine, told to stop when this is; its exit code, and what it says."""
+    # In a job of SLURM mpiexec would start the ranks by srun, on other nodes.
+    environment = clean_environment() | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as running:
+        before: dict[int, Any] = {}
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            running.send_signal(signal.SIGUSR1)
+            if callable(noted := before[number]):
+                noted(number, frame)
+
+        if threading.current_thread() is threading.main_thread():
+            for each in (signal.SIGTERM, signal.SIGUSR1):
+                before[each] = signal.signal(each, forward)
+        try:
+            said = running.communicate()[1]
+        finally:
+            for own, handler in before.items():
+                signal.signal(own, handler)
+    return running.returncode, said
 
 
 def _toml(values: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.errors import DiskFailed, RunFailed, Stopped, UserError
-from cluster.files import append_line, whole_lines
+from cluster.files import append_line, disk_explained, temporary_folder, whole_lines
 from cluster.slurm import look
 
 ATTEMPTS = "attempts.jsonl"
@@ -40,6 +40,7 @@ _BAD_INPUT = 2
 # What a killed step leaves on other nodes has gone by then; a new one met it and died of it.
 _SETTLE = 10.0  # s
 # What work leaves behind; all else (logs, locks, plans) changes without progress.
+_TELLING = {"driver.json"}  # who is at work, not what was done
 _WORK = {".h5", ".safetensors", ".parquet", ".jsonl", ".csv", ".json", ".html"}
 _ROOM = 1 << 22  # bytes that must fit before work goes on
 
@@ -53,9 +54,12 @@ def mark(result: Path) -> str:
     """A digest of what work has left in `result`: equal if nothing was done in between."""
     digest = hashlib.sha256()
     for path in sorted(result.rglob("*")):
-        if path.suffix in _WORK and "logs" not in path.relative_to(result).parts:
+        if path.name in _TELLING or "logs" in path.relative_to(result).parts:
+            continue
+        if path.suffix in _WORK:
             with suppress(FileNotFoundError):
-                about = path.stat()
+                if not (about := path.stat()).st_size:
+                    continue
                 rewritten = about.st_mtime_ns if path.suffix == ".safetensors" else 0
                 digest.update(f"{path}\0{about.st_size}\0{rewritten}\n".encode("utf-8", "replace"))
     return digest.hexdigest()[:16]
@@ -125,6 +129,8 @@ class Attempt:
         self.received = 0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
+        # By which SLURM warns submitit's part of an array, and where it can every process of it.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -138,7 +144,7 @@ class Attempt:
         Raises:
             RunFailed: the disk was full, or the file system out of reach, for too long.
         """
-        found, end, pause = None, 0.0, 1.0
+        found, left, pause = None, 0.0, 1.0
         self.wait_for_disks()
         while True:
             if self.received:
@@ -155,12 +161,12 @@ class Attempt:
             self.wait_for_disks()
             # It may have given back its room, and need as much again.
             if (now := self._mark()) != found:
-                found, end, pause = now, time.monotonic() + WAIT, 1.0
-            if time.monotonic() + pause > end:
+                found, left, pause = now, WAIT, 1.0
+            if pause > left:
                 return code
             _say(f"the command failed for its disk (exit code {code}); again in {pause:.0f} s")
             self._rest(pause)
-            pause = min(2 * pause, 60.0)
+            left, pause = left - pause, min(2 * pause, 60.0)
 
     def _rest(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -190,6 +196,14 @@ class Attempt:
             pause = min(2 * pause, 30.0)
 
 
+def _job() -> str:
+    """The number of this job, of an element of an array with the element's; empty outside."""
+    if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) and os.environ.get("SLURM_JOB_ID"):
+        # The number of one of the elements is that of the whole array.
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
 def _is_running(job: str) -> bool:
     """Whether it has not been cancelled; a controller that does not answer is asked again."""
     for pause in (0, 5, 10, 20, 40):
@@ -213,7 +227,8 @@ def _requeue(job: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"xtal: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the log may lie on the disk that is full
+        print(f"xtal: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -221,14 +236,15 @@ def main() -> None:
     if len(sys.argv) < 4 or sys.argv[2] != "--":
         sys.exit("usage: python -m cluster.attempt RESULT -- COMMAND …")
     result, command = Path(sys.argv[1]), sys.argv[3:]
-    temporary = Path(os.environ.get("TMPDIR") or "/tmp")  # tempfile would pass over a full one
-    jobs, job = jobs_folder(result), os.environ.get("SLURM_JOB_ID", "")
-    attempt = Attempt([jobs, temporary], command, lambda: mark(result))
+    jobs, job = jobs_folder(result), _job()
+    # Not tempfile's, which passes over a full one.
+    attempt = Attempt([jobs, temporary_folder()], command, lambda: mark(result))
     try:
         attempt.wait_for_disks()
-        jobs.mkdir(parents=True, exist_ok=True)
-        if job:
-            note_attempt(jobs, job, mark(result))
+        if job and not attempt.received:
+            jobs.mkdir(parents=True, exist_ok=True)
+            with disk_explained(jobs):
+                note_attempt(jobs, job, mark(result))
         code = attempt.run()
         stopped = code == _REQUEUE or (attempt.received and code not in (0, _BAD_INPUT))
         killed = code > 128
@@ -238,7 +254,8 @@ def main() -> None:
         if (stopped or killed) and job and _is_running(job):
             _requeue(job)
     except (RunFailed, UserError) as error:
-        sys.exit(f"xtal: {error}")
+        _say(str(error))
+        sys.exit(1)
     sys.exit(code)
 
 

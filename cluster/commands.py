@@ -75,9 +75,9 @@ def dashboard(
     if not found:
         raise UserError(f"no job of {result} has a Ray now", remedy="see xtal jobs RUN")
     seen = json.loads(found[-1].read_text(encoding="utf-8"))
-    rows = [row for row in _rows(result) if row["job"] == seen["job"]] if login is None else []
-    login = login or next((row["site"].get("login") for row in rows), None) or "LOGIN"
     jobs = found[-1].parent
+    rows = [row for row in recorded(jobs) if row["job"] == seen["job"]]
+    login = login or next((row["site"].get("login") for row in rows), None) or "LOGIN"
     forward = ["-L", f"127.0.0.1:{port}:127.0.0.1:{seen['port']}", seen["node"]]
     step = ["srun", f"--jobid={seen['job']}", "--overlap", "--quiet", "--nodes=1", "--ntasks=1"]
     step += [f"--nodelist={seen['node']}"]

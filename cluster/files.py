@@ -42,6 +42,16 @@ def disk_explained(folder: Path | None = None) -> Iterator[None]:
         ) from error
 
 
+def temporary_folder() -> Path:
+    """TMPDIR where it can be made and used, however full it is, else /tmp."""
+    wanted = Path(os.environ.get("TMPDIR") or "/tmp")
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return wanted if disk_failed(error) else Path("/tmp")
+    return wanted if wanted.is_absolute() and os.access(wanted, os.W_OK) else Path("/tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it to `path`.

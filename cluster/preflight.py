@@ -46,30 +46,39 @@ def probe_node(site: Site, jobs: Path, setup: dict[str, str]) -> Finding:
     It waits for a node at most two minutes.
     """
     script = (
-        'if [ -n "${XTAL_SETUP:-}" ]; then . "$XTAL_SETUP"; fi; '
-        'in=${XTAL_CONTAINER:+"$XTAL_CONTAINER"}; ${in:+"$in"} test -d "$0" || exit 3; '
+        'echo began; if [ -n "${XTAL_SETUP:-}" ]; then . "$XTAL_SETUP"; fi; '
+        'in=${XTAL_CONTAINER:+"$XTAL_CONTAINER"}; ${in:+"$in"} true || exit 6; '
+        '${in:+"$in"} test -d "$0" || exit 3; '
+        'place=${TMPDIR:-/tmp}; { mkdir -p "$place" && test -w "$place"; } || exit 5; '
         "${in:+\"$in\"} python -c 'from cluster.mpi import ranks; ranks()' || exit 4; "
         '${in:+"$in"} xtal --help >/dev/null || exit 4'
     )
     tasks = min(2, site.cores_per_node)
     words = ["srun", "--nodes=1", f"--ntasks={tasks}", "--time=5", "--quiet", f"--mpi={site.mpi}"]
     words += site.where()
-    environment = os.environ | site.environment() | setup
     try:
-        done = subprocess.run(
+        done = subprocess.Popen(
             [*words, "bash", "-c", script, str(jobs)],
-            env=environment,
-            capture_output=True,
+            env=os.environ | site.environment() | setup,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
-            timeout=_PROBE_SECONDS,
         )
-    except subprocess.TimeoutExpired:
-        return Finding("compute node", f"none was free within {_PROBE_SECONDS} s", "submit anyway")
     except FileNotFoundError:
         return Finding("compute node", "there is no srun here", "run this on a login node", True)
+    try:
+        said, complaint = done.communicate(timeout=_PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        done.terminate()  # not killed: srun gives its nodes back
+        said, complaint = done.communicate()
+        if not said:
+            waited = f"none was free within {_PROBE_SECONDS} s"
+            return Finding("compute node", waited, "submit anyway")
+        done.returncode = 4
     remedies = {
         3: ("does not see the folder", "give a folder on the shared file system"),
+        5: ("cannot write temporary files", "set scratch to a folder that you may write to there"),
+        6: ("cannot start the container", "see what it says; container in the site file"),
         4: (
             "cannot import this package or its MPI",
             "put the virtual environment on the shared file system and activate it in setup; build "
@@ -79,8 +88,8 @@ def probe_node(site: Site, jobs: Path, setup: dict[str, str]) -> Finding:
     }
     if done.returncode == 0:
         return Finding("compute node", "sees the folder, this package and MPI")
-    said, remedy = remedies.get(done.returncode, ("refuses", "see what srun says"))
-    return Finding("compute node", f"{said}: {done.stderr.strip()[-400:]}", remedy, True)
+    what, remedy = remedies.get(done.returncode, ("refuses", "see what srun says"))
+    return Finding("compute node", f"{what}: {complaint.strip()[-400:]}", remedy, True)
 
 
 def _file_system(jobs: Path) -> Finding:
@@ -120,7 +129,9 @@ def _limits(site: Site, verb: str, nodes: int, time: str) -> Iterator[Finding]:
         yield Finding("SLURM", error.problem, error.remedy, True)
         return
     if not found:
-        yield Finding("partition", f"there is no {name}", "see sinfo -s", True)
+        # SLURM may choose one itself, and takes several with commas.
+        known = site.partition is None or "," in site.partition
+        yield Finding("partition", f"there is no {name}", "see sinfo -s", not known)
         return
     most = found.get("MaxTime", "UNLIMITED")
     if seconds_of(time) > seconds_of(most):
@@ -151,16 +162,15 @@ def _size(
         if (count := sum(kind.nodes for kind in kinds)) < nodes:
             said = f"{count} of the nodes of {name} have constraint = {wanted}"
             return Finding("constraint", said, remedy.format("constraint"), True)
-    fit = kinds
     for what, key, least in (
         ("cores", "cores_per_node", site.cores_per_node),
         ("memory", "memory_per_node", site.memory),
         ("gpus", "gpus_per_node", 0 if verb == "featurize" else site.gpus),
     ):
         has = {kind: min(getattr(kind, what), capped.get(what, 1 << 62)) for kind in kinds}
-        fit = [kind for kind in fit if has[kind] >= least]
-        if (count := sum(kind.nodes for kind in fit)) < nodes:
-            most = max(has.values())
+        kinds = [kind for kind in kinds if has[kind] >= least]
+        if (count := sum(kind.nodes for kind in kinds)) < nodes:
+            most = max(has.values(), default=0)
             said = f"{count} of the nodes of {name} have {key} = {least}; the most is {most}"
             return Finding(what, said, remedy.format(key), True)
     return None

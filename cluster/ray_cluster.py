@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from cluster.errors import RunFailed, UserError
-from cluster.files import write_text
+from cluster.errors import RunFailed, Stopped, UserError
+from cluster.files import disk_explained, write_text
 from cluster.ray_session import JOB, JobRay
 
 GRAFANA = Path(__file__).with_name("grafana")
@@ -127,7 +127,8 @@ def run(shared: Path, command: Sequence[str]) -> int:
         shared: a folder that all nodes see, for their logs and what the command's workers share.
 
     Raises:
-        RunFailed: Ray's head does not start, or is gone before the command ends.
+        RunFailed: Ray's head does not start.
+        Stopped: it is gone before the command ends.
     """
     names = hostnames()
     if len(names) == 1:
@@ -215,7 +216,8 @@ def _attend(child: subprocess.Popen[bytes], heads: list[_Node], workers: list[_N
             if any(each.gone for each in heads):
                 child.kill()
                 child.wait()
-                raise RunFailed(heads[0].complaint("lost Ray's head"), remedy="requeue the job")
+                # Not the work's fault: the job is requeued.
+                raise Stopped(heads[0].complaint("lost Ray's head"), remedy="submit the job again")
         return child.returncode
     finally:
         for number, handler in before.items():
@@ -223,7 +225,8 @@ def _attend(child: subprocess.Popen[bytes], heads: list[_Node], workers: list[_N
 
 
 def _say(text: str) -> None:
-    print(f"xtal: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the log may lie on a disk that is full
+        print(f"xtal: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -231,9 +234,11 @@ def main() -> None:
     if len(sys.argv) < 4 or sys.argv[2] != "--":
         sys.exit("usage: python -m cluster.ray_cluster SHARED -- COMMAND …")
     try:
-        code = run(Path(sys.argv[1]), sys.argv[3:])
+        with disk_explained():
+            code = run(Path(sys.argv[1]), sys.argv[3:])
     except (RunFailed, UserError) as error:
-        sys.exit(f"xtal: {error}")
+        _say(str(error))
+        sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if code >= 0 else 128 - code)
 
 

@@ -96,7 +96,7 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         **metrics_settings(metrics),
     }
     for attempt in range(_ATTEMPTS):
-        own, log = folder / f"ray{attempt}", folder / f"start{attempt}.log"
+        own, log = folder / str(attempt), folder / f"start{attempt}.log"
         # Ports that are free now; should a neighbour take one first, the next attempt has others.
         ports = {"metrics-export-port": _free_port(address)} if metrics else {}
         if head is None:
@@ -118,7 +118,7 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         if (done.returncode == 0 and not taken) or not (taken or "timed out" in said):
             break
         _end_all()
-    if done.returncode:
+    if done.returncode or taken:
         lines = "\n".join(said.splitlines()[-15:])
         raise RunFailed(f"ray start failed:\n{lines}", remedy="see these lines")
     current = own / "ray_current_cluster"

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from cluster.errors import RunFailed
+from cluster.files import temporary_folder
 
 # Ray listens on all interfaces unless the node's address is exactly this one, and on Linux it
 # replaces this one by another unless it is told that there is no cluster.
@@ -233,12 +234,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _temporary() -> Path:
-    """TMPDIR if it is short enough: the path of a socket has 107 bytes, of which Ray wants 87."""
-    wanted = Path(os.environ.get("TMPDIR") or "/tmp")
-    if not wanted.is_absolute() or len(os.fsencode(wanted)) > 20:
-        return Path("/tmp")
-    wanted.mkdir(parents=True, exist_ok=True)
-    return wanted
+    """TMPDIR if it is short enough: the path of a socket has 107 bytes, of which Ray wants 91."""
+    wanted = temporary_folder()
+    return wanted if len(os.fsencode(wanted)) <= 16 else Path("/tmp")
 
 
 def _remove_orphans() -> None:

@@ -55,6 +55,14 @@ class Site(Config):
     login: str | None = None
     """user@host of the login node as seen from your desk, for ssh tunnels."""
 
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, str) and not each.replace("\t", " ").isprintable():
+                raise ValueError(f"{each!r}: line breaks and other control characters do not work")
+        return value
+
     @field_validator("options")
     @classmethod
     def _options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
@@ -64,13 +72,6 @@ class Site(Config):
                     f"{option!r} does not begin with -; write --name=value as one word"
                 )
         return options
-
-    @field_validator("setup")
-    @classmethod
-    def _setup(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
-        if any("\n" in line or "\0" in line for line in lines):
-            raise ValueError("give each line of the setup as a string of its own")
-        return lines
 
     @field_validator("container")
     @classmethod

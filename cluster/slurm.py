@@ -69,7 +69,8 @@ def look(id: str) -> Job:
 def parse_sacct(text: str, id: str) -> Job:
     """A job in what sacct says of it; of an array, the sum of its elements."""
     rows = [line.split("|") for line in text.splitlines()]
-    rows = [row for row in rows if len(row) == len(_FIELDS) and row[0].partition("_")[0] == id]
+    rows = [row for row in rows if len(row) == len(_FIELDS)]
+    rows = [row for row in rows if id in (row[0], row[0].partition("_")[0])]
     if not rows:
         return Job(id, "UNKNOWN")
     _, _, elapsed, nodes, reason, exit_code = rows[0]
@@ -129,6 +130,10 @@ def submit(words: Sequence[str], environment: dict[str, str]) -> str:
     except FileNotFoundError:
         raise UserError(
             "there is no sbatch here", remedy="run this on a login node of a SLURM cluster"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise RunFailed(
+            "sbatch does not answer", remedy="see squeue whether the job is there; else try again"
         ) from None
     if done.returncode:
         said = done.stderr.strip().removeprefix("sbatch: error: ")

@@ -113,7 +113,7 @@ def submit_all(
     dry_run: DryRun = False,
     probe: Probe = False,
     task: Annotated[str, typer.Option(help="The question.")] = "bulk_modulus",
-    grid: Annotated[Path | None, typer.Option(help="Grid file; default: all arms.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Grid file; default: six arms.")] = None,
     features: Annotated[Path | None, typer.Option(help="Configuration of featurize.")] = None,
     training: Annotated[Path | None, typer.Option(help="Configuration of train.")] = None,
     config: OptionsFile = None,
@@ -241,7 +241,7 @@ def _submit_gathering(plan: Plan, array: str) -> str:
     """The job that follows the parts of a grid; its number. Without it, there are no parts."""
     try:
         return replace(plan, gathers=array).submit()
-    except UserError:
+    except Exception:
         cancel([array])
         raise
 

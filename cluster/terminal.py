@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import unwrap
 from pathlib import Path
 from types import MappingProxyType
@@ -166,7 +166,8 @@ def throughput(shown: bool, ranks: int) -> Iterator[Any]:
 
 def complain(kind: str, message: str) -> None:
     """A message on stderr, such as an error with its remedy."""
-    err.print(Text.assemble((kind, "red"), f": {message}"), soft_wrap=True)
+    with suppress(OSError):  # a job's log may lie on a disk that is full
+        err.print(Text.assemble((kind, "red"), f": {message}"), soft_wrap=True)
 
 
 def summary(title: str, rows: dict[str, Any]) -> None:

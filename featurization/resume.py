@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import UserError
-from cluster.files import replacing, sha256_of
+from cluster.files import disk_explained, replacing, sha256_of
 from cluster.mpi import Ranks, on_rank_0
 from featurization import journal, logs
 from featurization.config import FeaturizationConfig, completed
@@ -61,7 +61,8 @@ def begin(
 
     def writing(work: Callable[[], Any]) -> Any:
         try:
-            return work()
+            with disk_explained(out):
+                return work()
         except OSError as error:
             reason = f"cannot write to {out}: {error.strerror}"
             raise UserError(reason, remedy="give another folder, or make room") from None

@@ -39,6 +39,8 @@ def test_mark_sees_work_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     empty = mark(tmp_path)
     (tmp_path / "logs" / "rank-0.jsonl").write_text("busy")
+    (tmp_path / "driver.json").write_text("at work")
+    (tmp_path / "done-1-0.jsonl").touch()  # of a line that found no room
     (tmp_path / "owner").write_text("me")
     assert mark(tmp_path) == empty
     seen = {empty}
@@ -157,10 +159,10 @@ def test_work_waits_for_a_full_disk_and_goes_on(
             disk.place.joinpath("filling").unlink()
             result.unlink()
 
-        helper = threading.Thread(target=free)
+        helper = threading.Thread(target=free, daemon=True)
         helper.start()
         assert Attempt([disk.place], [sys.executable, "-c", script]).run() == 0
-        helper.join()
+        helper.join(20)
         assert runs.read_text() == "xx"
         assert "No space left on device; waiting up to 600 s" in capfd.readouterr().err
     finally:
@@ -179,6 +181,39 @@ def test_work_stops_whole_if_the_disk_stays_full(
         assert [path.name for path in disk.place.iterdir()] == ["filling"]
     finally:
         disk.close()
+
+
+def test_a_log_on_the_full_disk_is_no_obstacle(tmp_path: Path) -> None:
+    script = f"import sys; p = {str(tmp_path / 'runs')!r}; open(p, 'a').write('x'); "
+    script += "sys.exit(74 if open(p).read() == 'x' else 0)"
+    words = [sys.executable, "-m", "cluster.attempt", tmp_path / "out", "--"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*words, sys.executable, "-c", script],
+            stderr=full,
+            env={k: v for k, v in os.environ.items() if k != "SLURM_JOB_ID"}
+            | {"PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+    assert done.returncode == 0
+    assert (tmp_path / "runs").read_text() == "xx"
+
+
+def test_a_temporary_folder_that_cannot_be_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = tried(tmp_path / "out", "print('it ran')", TMPDIR=str(tmp_path / "file" / "no"))
+    assert done.stdout == "it ran\n"
+    assert "waiting" not in done.stderr
+
+
+def test_an_element_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert attempt._job() == "12"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert attempt._job() == "12_3"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert attempt._job() == ""
 
 
 @pytest.fixture
@@ -220,10 +255,10 @@ def test_work_over_quota_goes_on_once_there_is_more(
             time.sleep(0.1)
         subprocess.run([*limit, "none", home], check=True)
 
-    helper = threading.Thread(target=lift)
+    helper = threading.Thread(target=lift, daemon=True)
     helper.start()
     assert Attempt([home], [*run, str(home / "data"), *more]).run() == 0
-    helper.join()
+    helper.join(20)
     assert "failed for its disk (exit code 74)" in "".join(said)
     subprocess.run([*run, str(tmp_path / "usual"), *more], check=True, capture_output=True)
     found = [

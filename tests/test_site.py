@@ -48,7 +48,8 @@ def test_a_table_changes_one_verb(tmp_path: Path) -> None:
         ("cores_per_node = 0", "cores_per_node = 0: must be ≥ 1"),
         ('mpi = "magic"', "mpi = 'magic'"),
         ('options = ["exclusive"]', "does not begin with -"),
-        ('setup = ["a\\nb"]', "a string of its own"),
+        ('setup = ["a\\nb"]', r"'a\\nb': line breaks"),
+        ('account = "a\\n#SBATCH --x"', "line breaks and other control characters"),
         ('memory_per_node = "many"', "memory_per_node"),
         ('container = ["apptainer exec x"]', r"a list of words: \['apptainer', 'exec', 'x'\]"),
         ('scratch = "here"', "scratch"),
@@ -177,6 +178,7 @@ def test_the_accounting_remembers_what_the_controller_has_forgotten() -> None:
     assert parse_sacct(text, "7").state == "TIMEOUT"
     assert parse_sacct(text.replace("TIMEOUT", "RUNNING"), "7").state == "RUNNING"
     assert parse_sacct(text, "2").state == "UNKNOWN"
+    assert parse_sacct(text, "7_0").state == "COMPLETED"
 
 
 def test_resources_are_slurms_not_the_hosts() -> None:

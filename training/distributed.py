@@ -9,7 +9,6 @@ batch is the whole group's, so that fewer workers are slower and change nothing 
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.errors import Stopped, UserError
+from cluster.files import disk_failed
 from cluster.ray_session import cards, ray_for, threads_for
 from training.config import TrainingConfig
 from training.dataset import open_clouds
@@ -231,8 +231,11 @@ def _check(fit: Any, fits: list[Any]) -> None:
     try:
         ray.get(fit)
     except ray.exceptions.RayTaskError as error:
-        if not isinstance(error.cause, UserError):
+        cause = error.cause
+        if not isinstance(cause, UserError):
             for other in ray.wait(fits, num_returns=len(fits), timeout=_FAREWELL)[0]:
-                with suppress(ray.exceptions.RayTaskError):
+                try:
                     ray.get(other)
-        raise error.cause from None
+                except ray.exceptions.RayTaskError as own:
+                    cause = own.cause if disk_failed(own.cause) else cause
+        raise cause from None

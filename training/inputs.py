@@ -5,6 +5,7 @@ of what is free there, else in a file of the run's folder that has no name and g
 process. A network that sees the points themselves is fed the clouds.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,4 +71,6 @@ def _room(shape: tuple[int, ...], sharers: int, folder: Path) -> Tensor:
         return torch.empty(shape)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
+        # Without room the kernel would end this process at its first write into a hole.
+        os.posix_fallocate(file.fileno(), 0, 4 * int(np.prod(shape)))
         return torch.from_numpy(np.memmap(file, np.float32, mode="w+", shape=shape))
