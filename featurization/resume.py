@@ -67,10 +67,8 @@ def begin(
             reason = f"cannot write to {out}: {error.strerror}"
             raise UserError(reason, remedy="give another folder, or make room") from None
 
-    def decide() -> Any:
-        return writing(lambda: _decide(spec, source, out, config, append))
-
-    plan = on_rank_0(ranks, decide)
+    asked = spec, source, out, config, append
+    plan = on_rank_0(ranks, lambda: writing(lambda: _decide(*asked)))
     if isinstance(plan, dict):
         return plan
     rows = on_rank_0(ranks, lambda: journal.committed_shards(out))

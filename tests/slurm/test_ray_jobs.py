@@ -102,9 +102,9 @@ def test_a_node_that_does_not_join_is_named(slurm: Machines, place: Path) -> Non
     assert "node node3 did not join" in (place / "a.log").read_text()
 
 
-def grid_file(place: Path, dataset: Path, seeds: int, epochs: int) -> Path:
+def grid_file(place: Path, dataset: Path, seeds: int, epochs: int, arm: str = "basis_only") -> Path:
     path = place / "grid.toml"
-    arms = '"none", "intensity_binary", "directions_random"'
+    arms = f'"none", "{arm}", "directions_random"'
     path.write_text(
         f"dataset = {json.dumps(str(dataset))}\narms = [{arms}]\nseeds = {list(range(seeds))}\n"
         f'[training]\ntask = "crystal_system"\nepochs = {epochs}\nwidth = 16\n'
@@ -135,7 +135,8 @@ def test_a_chain_in_a_container_one_of_whose_nodes_is_lost(
     site.write_text((slurm.shared / "site.toml").read_text() + more)
     (place / "features.toml").write_text('selection = "miller:2"\nshard_structures = 50\n')
     (place / "training.toml").write_text("epochs = 2\nbatch_size = 30\n")
-    grid = grid_file(place, place / "study" / "dataset", seeds=8, epochs=4)
+    # An arm whose clouds are featurized anew, by ranks that stay on the node of the grid's driver.
+    grid = grid_file(place, place / "study" / "dataset", seeds=8, epochs=4, arm="point_atoms")
     submit = ["xtal", "submit", "all", "prototypes:140", place / "study", "--site", site]
     submit += ["--task", "crystal_system", "--nodes", "3", "--grid", grid, "--json"]
     for name in ("features", "training"):
