@@ -820,7 +820,7 @@ def test_a_full_disk_keeps_what_came(tmp_path, monkeypatch, capsys):
             real(descriptor)
 
         monkeypatch.setattr(os, "fsync", full)
-        assert command(monkeypatch, *words) == 1
+        assert command(monkeypatch, *words) == 74
         monkeypatch.undo()
         assert "No space left on device" in capsys.readouterr().err
         assert not out.exists()
