@@ -48,7 +48,7 @@ def main() -> None:
             raise
         if isinstance(error, UserError):
             complain("error", str(error))
-            sys.exit(2)
+            sys.exit(error.exit_code)
         if isinstance(error, OSError) and error.filename and error.strerror:
             complain("failed", f"cannot read or write {error.filename}: {error.strerror}")
             sys.exit(1)

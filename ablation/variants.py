@@ -126,7 +126,7 @@ def on_ranks(
         )
         code, said = _here(command)
     if code:
-        known = {2: UserError, DiskFailed.exit_code: DiskFailed, Stopped.exit_code: Stopped}
+        known = {kind.exit_code: kind for kind in (UserError, DiskFailed, Stopped)}
         raise known.get(code, RunFailed)(
             f"xtal featurize {spec} {out} ended with {code}:\n{said.strip()}",
             remedy="see above; the same command goes on",

@@ -18,28 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from cluster.provenance import provenance
 from cluster.slurm import seconds_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "slurm"))
+from grids import SIX, grid_file, rows_of  # noqa: E402
 from machines import Machines, obstacle  # noqa: E402
 
 SOURCE = "prototypes:100000"  # so that a time limit, in minutes, comes while each is at work
-GRID = """
-dataset = {dataset}
-seeds = [0, 1, 2, 3]
-arms = [
-    "none", "intensity_binary", "intensity_shuffled", "intensity_scaled", "directions_random",
-    "basis_only",
-]
-[training]
-task = "crystal_system"
-epochs = 120
-width = 32
-"""
 # Space, quotes, line break, a command, SLURM's own pattern, and what a URL would read.
 HOSTILE = "a b'c\"d\n$(touch owned);%j#?&"
 
@@ -91,11 +78,6 @@ def training(dataset: Path) -> Work:
 
 
 def grid(path: Path) -> Work:
-    def state(out: Path) -> Any:
-        table = pq.read_table(out / "results.parquet")
-        kept = [n for n in table.column_names if n not in ("seconds", "commit")]
-        return sorted(map(repr, table.select(kept).to_pylist()))
-
     return Work(
         "ablate",
         "grid of 24 trials on Ray",
@@ -104,7 +86,7 @@ def grid(path: Path) -> Work:
         ("--cpus-per-task=1",),
         lambda out: [str(path), str(out)],
         lambda out: (path := out / "record.jsonl").exists() and path.read_text() != "",
-        state,
+        lambda out: repr(rows_of(out)),
     )
 
 
@@ -287,8 +269,8 @@ def main() -> None:
         dataset = slurm.shared / "dataset"
         words = ["xtal", "featurize", "prototypes:210", dataset, "--selection", "miller:2"]
         slurm.on("node1", words)
-        plan = slurm.shared / "grid.toml"
-        plan.write_text(GRID.format(dataset=json.dumps(str(dataset))))
+        path = slurm.shared / "grid.toml"
+        plan = grid_file(path, dataset, arms=SIX, seeds=4, epochs=120, width=32)
         works = (featurizing(), training(dataset), grid(plan))
         wanted = [name for name in given.what if name in FAULTS] or [*FAULTS]
         like = ("half",) if "neighbour" in wanted else ()

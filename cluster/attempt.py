@@ -36,11 +36,11 @@ ATTEMPTS = "attempts.jsonl"
 WAIT = 600.0  # longest wait for a full disk or a file system out of reach, s
 _REQUEUE = Stopped.exit_code
 _DISK = DiskFailed.exit_code
-_BAD_INPUT = 2
+_BAD_INPUT = UserError.exit_code
 # What a killed step leaves on other nodes has gone by then; a new one met it and died of it.
 _SETTLE = 10.0  # s
-# What work leaves behind; all else (logs, locks, plans) changes without progress.
 _TELLING = {"driver.json"}  # who is at work, not what was done
+# What work leaves behind; all else (logs, locks, plans) changes without progress.
 _WORK = {".h5", ".safetensors", ".parquet", ".jsonl", ".csv", ".json", ".html"}
 _ROOM = 1 << 22  # bytes that must fit before work goes on
 
@@ -164,7 +164,7 @@ class Attempt:
                 found, left, pause = now, WAIT, 1.0
             if pause > left:
                 return code
-            _say(f"the command failed for its disk (exit code {code}); again in {pause:.0f} s")
+            say(f"the command failed for its disk (exit code {code}); again in {pause:.0f} s")
             self._rest(pause)
             left, pause = left - pause, min(2 * pause, 60.0)
 
@@ -186,7 +186,7 @@ class Attempt:
         while (found := self._trouble()) and not self.received:
             if found != said:
                 said = found
-                _say(f"{found}; waiting up to {WAIT:.0f} s")
+                say(f"{found}; waiting up to {WAIT:.0f} s")
             if time.monotonic() + pause > end:
                 raise RunFailed(
                     f"{found}, for {WAIT:.0f} s now",
@@ -210,7 +210,7 @@ def _is_running(job: str) -> bool:
         time.sleep(pause)
         if (state := look(job).state) != "UNKNOWN":
             return state == "RUNNING"
-    _say(f"SLURM does not say what became of job {job}: submit it again")
+    say(f"SLURM does not say what became of job {job}: submit it again")
     return False
 
 
@@ -222,11 +222,12 @@ def _requeue(job: str) -> None:
             f"job {job} cannot be requeued: {done.stderr.strip()}",
             remedy="submit it again: it goes on where it stopped",
         )
-    _say(f"job {job} is requeued and goes on where it stopped")
+    say(f"job {job} is requeued and goes on where it stopped")
     time.sleep(60)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line in the log of the job."""
     with suppress(OSError):  # the log may lie on the disk that is full
         print(f"xtal: {text}", file=sys.stderr, flush=True)
 
@@ -254,7 +255,7 @@ def main() -> None:
         if (stopped or killed) and job and _is_running(job):
             _requeue(job)
     except (RunFailed, UserError) as error:
-        _say(str(error))
+        say(str(error))
         sys.exit(1)
     sys.exit(code)
 

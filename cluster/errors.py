@@ -23,6 +23,8 @@ class UserError(_Explained, ValueError):
     The command line prints both without a traceback and exits with 2.
     """
 
+    exit_code = 2
+
 
 class RunFailed(_Explained, RuntimeError):
     """The input was good and the work still failed: the command line exits with 1."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from cluster.attempt import say
 from cluster.errors import RunFailed, Stopped, UserError
 from cluster.files import disk_explained, write_text
 from cluster.ray_session import JOB, JobRay
@@ -156,7 +157,7 @@ def run(shared: Path, command: Sequence[str]) -> int:
         have = [each.report for each in nodes if each.report is not None]
         for each in nodes:
             if each.report is None:
-                _say(each.complaint(f"did not join within {_JOINING:.0f} s"))
+                say(each.complaint(f"did not join within {_JOINING:.0f} s"))
         private = Path(head.report["folder"])
         found = JobRay(
             address,
@@ -172,7 +173,7 @@ def run(shared: Path, command: Sequence[str]) -> int:
         write_text(shared / "dashboard.json", json.dumps(seen))
         _offer(shared, job, [report["metrics"] for report in have if report["metrics"]])
         store = min(report["store"] for report in have) >> 20
-        _say(
+        say(
             f"Ray on {found.nodes} of {len(names)} nodes: {found.cores} cores, {found.cards} GPUs, "
             f"object store {store} MiB a node"
         )
@@ -212,7 +213,7 @@ def _attend(child: subprocess.Popen[bytes], heads: list[_Node], workers: list[_N
             for each in workers:
                 if each.gone and each.name not in lost:
                     lost.add(each.name)
-                    _say(each.complaint("is lost, the work goes on without it"))
+                    say(each.complaint("is lost, the work goes on without it"))
             if any(each.gone for each in heads):
                 child.kill()
                 child.wait()
@@ -224,11 +225,6 @@ def _attend(child: subprocess.Popen[bytes], heads: list[_Node], workers: list[_N
             signal.signal(number, handler)
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # the log may lie on a disk that is full
-        print(f"xtal: {text}", file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Exit code of the command; 128 + signal if one ended it."""
     if len(sys.argv) < 4 or sys.argv[2] != "--":
@@ -237,8 +233,8 @@ def main() -> None:
         with disk_explained():
             code = run(Path(sys.argv[1]), sys.argv[3:])
     except (RunFailed, UserError) as error:
-        _say(str(error))
-        sys.exit(getattr(error, "exit_code", 2))
+        say(str(error))
+        sys.exit(error.exit_code)
     sys.exit(code if code >= 0 else 128 - code)
 
 

@@ -115,7 +115,7 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         said = log.read_text(errors="replace").strip()
         # Without the port of its dashboard, Ray starts without a dashboard.
         taken = "Failed to bind to" in said
-        if (done.returncode == 0 and not taken) or not (taken or "timed out" in said):
+        if not taken and (done.returncode == 0 or "timed out during startup" not in said):
             break
         _end_all()
     if done.returncode or taken:

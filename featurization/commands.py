@@ -245,7 +245,7 @@ def _fatal_for_all(ranks: Any) -> Iterator[None]:
         yield
     except (UserError, RunFailed) as error:
         if ranks.rank != 0:
-            sys.exit(2 if isinstance(error, UserError) else error.exit_code)
+            sys.exit(error.exit_code)
         raise
     except BaseException:  # a Rust panic is no Exception
         ranks.abort()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from grids import grid_file
 from machines import ROOT, Machines
 
 from cluster.files import whole_lines
@@ -102,16 +103,6 @@ def test_a_node_that_does_not_join_is_named(slurm: Machines, place: Path) -> Non
     assert "node node3 did not join" in (place / "a.log").read_text()
 
 
-def grid_file(place: Path, dataset: Path, seeds: int, epochs: int, arm: str = "basis_only") -> Path:
-    path = place / "grid.toml"
-    arms = f'"none", "{arm}", "directions_random"'
-    path.write_text(
-        f"dataset = {json.dumps(str(dataset))}\narms = [{arms}]\nseeds = {list(range(seeds))}\n"
-        f'[training]\ntask = "crystal_system"\nepochs = {epochs}\nwidth = 16\n'
-    )
-    return path
-
-
 # A container, of the kernel's own making: what is at /mnt in it nobody sees outside.
 CONTAINER = 'mount --bind "$0" /mnt; export PATH=/mnt:$PATH; exec "$@"'
 WRAPPER = """#!/bin/sh
@@ -136,7 +127,9 @@ def test_a_chain_in_a_container_one_of_whose_nodes_is_lost(
     (place / "features.toml").write_text('selection = "miller:2"\nshard_structures = 50\n')
     (place / "training.toml").write_text("epochs = 2\nbatch_size = 30\n")
     # An arm whose clouds are featurized anew, by ranks that stay on the node of the grid's driver.
-    grid = grid_file(place, place / "study" / "dataset", seeds=8, epochs=4, arm="point_atoms")
+    arms = ("none", "point_atoms", "directions_random")
+    dataset = place / "study" / "dataset"
+    grid = grid_file(place / "grid.toml", dataset, arms=arms, seeds=8, epochs=4, width=16)
     submit = ["xtal", "submit", "all", "prototypes:140", place / "study", "--site", site]
     submit += ["--task", "crystal_system", "--nodes", "3", "--grid", grid, "--json"]
     for name in ("features", "training"):
@@ -242,7 +235,9 @@ def test_the_dashboard_is_brought_to_this_machine(slurm: Machines, place: Path, 
 
 
 def test_a_grid_in_parts_as_an_array(slurm: Machines, place: Path, small: Path) -> None:
-    grid, out = grid_file(place, small, seeds=2, epochs=2), place / "ablation"
+    arms = ("none", "intensity_binary", "directions_random")
+    grid = grid_file(place / "grid.toml", small, arms=arms, seeds=2, epochs=2, width=16)
+    out = place / "ablation"
     submit = ["xtal", "submit", "ablate", grid, out, "--site", slurm.shared / "site.toml"]
     told = json.loads(slurm.run(*submit, "--array", "2", "--json").stdout)
     assert slurm.job(told["job"])["Dependency"].startswith(f"afterany:{told['array']}")

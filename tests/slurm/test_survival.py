@@ -4,8 +4,8 @@ import json
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
+from grids import SIX, grid_file, rows_of
 from machines import ROOT, Machines
 from test_featurize_jobs import content
 
@@ -87,25 +87,11 @@ def test_preempted_by_a_higher_partition_it_saves_and_ends_the_same(
         assert (out / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
 
 
-GRID = """
-dataset = {dataset}
-seeds = [0, 1, 2, 3]
-arms = [
-    "none", "intensity_binary", "intensity_shuffled", "intensity_scaled", "directions_random",
-    "basis_only",
-]
-[training]
-task = "crystal_system"
-epochs = 60
-width = 32
-"""
-
-
 def test_a_grid_of_24_trials_survives_a_bad_night(
     slurm: Machines, place: Path, small: Path
 ) -> None:
     """Its time limit, a preemption, a requeue, then cancelled and submitted on fewer nodes."""
-    (place / "grid.toml").write_text(GRID.format(dataset=json.dumps(str(small))))
+    grid_file(place / "grid.toml", small, arms=SIX, seeds=4, epochs=60, width=32)
     out, log = place / "out", place / "log"
     record = out / "record.jsonl"
 
@@ -142,15 +128,7 @@ def test_a_grid_of_24_trials_survives_a_bad_night(
     assert not list((out / "fits").glob("*"))
     slurm.run("xtal", "ablate", place / "grid.toml", place / "undisturbed")
     assert rows_of(out) == rows_of(place / "undisturbed")
-
-
-def rows_of(out: Path) -> list[dict[str, object]]:
-    """All that a grid found, but for how long it took."""
-    table = pq.read_table(out / "results.parquet")
-    kept = [name for name in table.column_names if name not in ("seconds", "commit")]
-    rows: list[dict[str, object]] = table.select(kept).to_pylist()
-    assert [row["status"] for row in rows] == ["done"] * 24
-    return sorted(rows, key=lambda row: str(row["trial"]))
+    assert [row["status"] for row in rows_of(out)] == ["done"] * 24
 
 
 def test_an_element_of_an_array_saves_and_is_taken_up_again(
