@@ -106,9 +106,9 @@ def sentence(row: Mapping[str, Any]) -> str:
     """The verdict in words and numbers."""
     title = METRICS[row["metric"]].title
     numbers = (
-        f"{title} changes by {_signed(row['symmetry'])} without the symmetry and by "
-        f"{_signed(row['intensity'])} without the intensities; difference "
-        f"{_signed(row['difference'])} [{_signed(row['low'])}, {_signed(row['high'])}], "
+        f"{title} changes by {signed(row['symmetry'])} without the symmetry and by "
+        f"{signed(row['intensity'])} without the intensities; difference "
+        f"{signed(row['difference'])} [{signed(row['low'])}, {signed(row['high'])}], "
         f"p {_p(row['p_holm'])}, {row['seeds']} seeds"
     )
     if row["verdict"] == "undecided" and row["seeds"] < 2:
@@ -126,5 +126,6 @@ def _p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """A number with its sign, a true minus."""
     return f"{value:+.3f}".replace("-", "−")

@@ -1,13 +1,13 @@
 """What a page draws from predictions: ROC and reliability.
 
-Shape legend: N crystals, C classes, T distinct thresholds, G grid points, B bins.
+Shape legend: N crystals, C classes, G grid points, B bins.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from training.figures import roc
 from training.metrics import ECE_BINS, FloatArray, IntArray, ece_bins
 from training.proportion import wilson
 
@@ -24,23 +24,6 @@ class Reliability:
     low: FloatArray  # (B,), 95 % Wilson interval of `observed`
     high: FloatArray  # (B,)
     count: IntArray  # (B,), predictions in the bin, summed over seeds
-
-
-def roc(positive_N: NDArray[np.bool_], score_N: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Receiver operating characteristic: equal scores are one threshold (Fawcett 2006, alg. 1).
-
-    Returns:
-        False- and true-positive rates, (T + 1,) each, from (0, 0) to (1, 1); NaN where one of
-        the two classes is absent.
-    """
-    order = np.argsort(-score_N, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(score_N[order])), len(order) - 1)
-    hits = np.cumsum(positive_N[order])[last]
-    alarms = last + 1 - hits
-    with np.errstate(invalid="ignore", divide="ignore"):
-        false_rate = np.append(0.0, alarms / np.float64((~positive_N).sum()))
-        true_rate = np.append(0.0, hits / np.float64(positive_N.sum()))
-    return false_rate, true_rate
 
 
 def mean_roc(labels_N: IntArray, probabilities_NC: FloatArray) -> FloatArray:

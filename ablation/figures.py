@@ -84,8 +84,3 @@ def wrapped(name: str, width: int) -> str:
     # textwrap breaks at spaces and hyphens only, so "_" passes through it as a space.
     lines = textwrap.wrap(re.sub(r"_(?![^(]*\))", "_ ", name), width) or [name]
     return "\n".join(line.replace("_ ", "_") for line in lines)
-
-
-def signed(value: float) -> str:
-    """A number with its sign, a true minus."""
-    return f"{value:+.3f}".replace("-", "−")

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ablation.figures import BLACK, GREY, WIDTH, panels, row_height, signed, wrapped
+from ablation.contrast import signed
+from ablation.figures import BLACK, GREY, WIDTH, panels, row_height, wrapped
 from ablation.report_study import Effect, Row, Study
 from ablation.significance import MARGIN
 from training.figures import BLUE, COLOURS, DASHES, VERMILION

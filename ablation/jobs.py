@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ablation.plan import Fit, Trial
 from ablation.trials import REFERENCE
-from ablation.variants import Source, Variants
+from ablation.variants import CloudSource, Variants
 
 Group = tuple[str, float | None, int]
 
@@ -18,7 +18,7 @@ class Job:
 
     fit: Fit | None  # None: all trials are test_only
     trials: tuple[Trial, ...]
-    source: Source
+    source: CloudSource
     group: Group  # arm, strength, seed: jobs of one share their perturbed clouds
 
     @property
@@ -38,7 +38,7 @@ def jobs_of(todo: Iterable[Trial], variants: Variants, trained: Container[str]) 
         trained: ids of the trainings whose model is there.
     """
     trainings: dict[str, list[Trial]] = {}
-    tests: dict[tuple[Source, Group], list[Trial]] = {}
+    tests: dict[tuple[CloudSource, Group], list[Trial]] = {}
     needed: dict[str, Fit] = {}
     for trial in todo:
         if trial.mode == "test_only":
@@ -150,7 +150,7 @@ class Queue:
                     self.back(Job(None, others, job.source, job.group))
         return gone
 
-    def sources(self) -> set[Source]:
+    def sources(self) -> set[CloudSource]:
         """Clouds that are still needed."""
         return {job.source for jobs in self._groups.values() for job in jobs}
 

@@ -10,6 +10,8 @@ exists is a change of the featurization; what acts on the poses of a training, o
 import math
 from typing import get_args
 
+import numpy as np
+
 from ablation import before, extent, intensities, positions, symmetry
 from ablation.arm import Arm, Law, arm
 from ablation.draws import Draws
@@ -85,8 +87,17 @@ def perturb(data: CloudSet, name: str, strength: float | None, seed: int) -> Clo
     Raises:
         UserError: as `strength_of`.
     """
-    dose = strength_of(name, strength)
-    return ARMS[name].apply(data, dose, Draws(name, seed, data))
+    return perturbed(data, name, strength, seed)[0]
+
+
+def perturbed(
+    data: CloudSet, name: str, strength: float | None, seed: int
+) -> tuple[CloudSet, bool]:
+    """The clouds that `perturb` gives, and whether any random number was drawn for them."""
+    draws = Draws(name, seed, data)
+    found = ARMS[name].apply(data, strength_of(name, strength), draws)
+    assert np.array_equal(found.ids, data.ids), f"arm {name} has changed which crystals there are"
+    return found, draws.drawn > 0
 
 
 def table() -> str:

@@ -26,7 +26,7 @@ from ablation.plan import Trial, plan
 from ablation.record import Record
 from ablation.status import Standing, standing
 from ablation.tables import write_statistics
-from ablation.variants import Source, Variants
+from ablation.variants import CloudSource, Variants
 from ablation.worker import Failure, Shared, Worker
 from cluster import memory
 from cluster.errors import DiskFailed, RunFailed, Stopped
@@ -115,7 +115,7 @@ class _Driver:
         self._record, self._claim, self._signals = record, claim, signals
         self._progress = progress
         self._variants = Variants(Path(grid.dataset), out)
-        self._shared: dict[Source, Any] = {}
+        self._shared: dict[CloudSource, Any] = {}
         self._attempts: Counter[Job] = Counter()
         self._commit = commit()
         self._looked = 0.0
@@ -220,7 +220,7 @@ class _Driver:
         given = job.fit, list(job.trials), self._share(base), self._share(job.source)
         return worker.attempt.options(name=job.title).remote(*given)
 
-    def _share(self, source: Source) -> Any:
+    def _share(self, source: CloudSource) -> Any:
         """One copy a node of the clouds that several jobs start from."""
         import ray
 

@@ -27,7 +27,7 @@ from featurization.sources import open_source
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CloudSource:
     """Which clouds a trial starts from."""
 
     folder: Path
@@ -55,11 +55,11 @@ class Variants:
             FeaturizationConfig, self._manifest["config"], where=f"{dataset}/manifest.json"
         )
 
-    def base(self, radiation: RadiationName | None) -> Source:
+    def base(self, radiation: RadiationName | None) -> CloudSource:
         """The grid's own clouds."""
-        return Source(self._dataset, radiation, self._config)
+        return CloudSource(self._dataset, radiation, self._config)
 
-    def of(self, arm: str, strength: float | None, radiation: RadiationName | None) -> Source:
+    def of(self, arm: str, strength: float | None, radiation: RadiationName | None) -> CloudSource:
         """The clouds that an arm starts from.
 
         Args:
@@ -76,9 +76,9 @@ class Variants:
             radiation = asked.radiation
         decides = [self._manifest["content_hash"], asked.model_dump()]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-        return Source(self._out / "datasets" / digest[:16], radiation, asked)
+        return CloudSource(self._out / "datasets" / digest[:16], radiation, asked)
 
-    def featurize(self, source: Source, ranks: int) -> None:
+    def featurize(self, source: CloudSource, ranks: int) -> None:
         """Make a dataset if it is not there; what is there of it is gone on with.
 
         Raises:

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ablation.draws import Draws
-from ablation.perturbations import ARMS, strength_of
+from ablation.perturbations import perturbed
 from ablation.plan import Fit, Trial
 from cluster.errors import UserError
 from cluster.files import disk_failed
@@ -146,7 +145,7 @@ class Worker:
         union = np.unique(np.concatenate(tests))
         first, start = trials[0], time.perf_counter()
         clouds = self._adopted(own, whole).subset(union)
-        data, _ = _apply(first.arm, first.strength, first.training.seed, clouds)
+        data, _ = perturbed(clouds, first.arm, first.strength, first.training.seed)
         for trial, rows in zip(trials, tests, strict=True):
             trained = load_members(self.folder(trial.fit), trial.training)
             model = trial.training.model
@@ -188,7 +187,7 @@ class Worker:
         name = (own.name, arm, strength, None if (arm, strength) in self._drawless else seed)
         if (data := self._kept.get(name)) is None:
             clouds = self._adopted(own, self._open(base))
-            data, drawn = _apply(arm, strength, seed, clouds)
+            data, drawn = perturbed(clouds, arm, strength, seed)
             if not drawn:
                 self._drawless.add((arm, strength))
                 name = (*name[:3], None)
@@ -237,15 +236,6 @@ class Worker:
 
 # All that decides `Parts`, besides the data.
 _SPLIT = {"task", "threshold", "validation_fraction", "test_fraction", "train_fraction", "also"}
-
-
-def _apply(arm: str, strength: float | None, seed: int, data: CloudSet) -> tuple[CloudSet, bool]:
-    """The clouds of an arm as `perturb` gives them, and whether it has drawn anything."""
-    draws = Draws(arm, seed, data)
-    found = ARMS[arm].apply(data, strength_of(arm, strength), draws)
-    if not np.array_equal(found.ids, data.ids):
-        raise RuntimeError(f"arm {arm} has changed which crystals there are")
-    return found, draws.drawn > 0
 
 
 def _answer(

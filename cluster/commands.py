@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -91,6 +92,8 @@ def dashboard(
     }
     if (jobs / TARGETS).exists():
         words = ["prometheus", f"--config.file={jobs / PROMETHEUS}"]
+        # Not ./data, its own choice, nor a shared file system, which it does not support.
+        words += [f"--storage.tsdb.path={tempfile.gettempdir()}/prometheus-{seen['job']}"]
         told["prometheus"] = shlex.join([*words, "--web.listen-address=127.0.0.1:9090"])
         told["grafana"] = str(DASHBOARD)
     if as_json:

@@ -160,19 +160,17 @@ def _check_unfinished(
     """That the source of an unfinished run is there."""
     spec = specs[plan.part]
     try:
-        source = open_source(spec, id_prop_label=config.id_prop_label)
-        wrong = state_of(source, plan.source)
+        _as_it_was(spec, plan.source, config)
     except UserError as error:
-        wrong = error.problem
-    if wrong not in (SAME, GROWN):
         now = [*specs[: plan.part], "NEW", *specs[plan.part + 1 :]]
         words = " ".join(f"--source {word}" for word in now)
         raise UserError(
-            f"an unfinished run in {folder} reads {spec}, which is not there as it was ({wrong})",
+            f"an unfinished run in {folder} reads {spec}, which is not there as it was "
+            f"({error.problem})",
             remedy=f"where it is now NEW: xtal verify {folder} --repair {words}; to give that run "
             f"up: remove {folder / journal.FOLDER} and the files "
             f"{folder / 'shards' / f'shard-{plan.part:03d}-*.h5'}",
-        )
+        ) from None
 
 
 def _listed_source(
@@ -180,15 +178,23 @@ def _listed_source(
 ) -> Source:
     """The source of a part, which is what it was or has only grown."""
     try:
-        source = open_source(spec, id_prop_label=config.id_prop_label)
-        state = state_of(source, listed)
+        return _as_it_was(spec, listed, config)
     except UserError as error:
-        state = error.problem
-    if state not in (SAME, GROWN):
         raise UserError(
-            f"{spec} is not what source {part} of {folder} was: {state}",
+            f"{spec} is not what source {part} of {folder} was: {error.problem}",
             remedy="give all sources as they were, in their order, with --source",
-        )
+        ) from None
+
+
+def _as_it_was(spec: str, listed: dict[str, Any], config: FeaturizationConfig) -> Source:
+    """The source, if it is what it was or has only grown.
+
+    Raises:
+        UserError: it is not, or cannot be read; `problem` says what has become of it.
+    """
+    source = open_source(spec, id_prop_label=config.id_prop_label)
+    if (state := state_of(source, listed)) not in (SAME, GROWN):
+        raise UserError(state, remedy="give the source as it was")
     return source
 
 

@@ -21,7 +21,7 @@ from ablation.plan import fits_of, plan
 from ablation.record import PREDICTIONS, RECORD, Record
 from ablation.run import run_grid
 from ablation.status import standing, status
-from ablation.variants import Source, Variants
+from ablation.variants import CloudSource, Variants
 from ablation.worker import Shared, Worker, _Kept
 from cluster.errors import RunFailed, UserError
 from cluster.terminal import duration
@@ -463,7 +463,7 @@ def test_a_source_that_is_not_what_it_was_is_refused(dataset, tmp_path):
 
 def test_a_worker_stays_with_its_clouds_and_tests_wait_for_their_model():
     planned = plan(large_grid(seeds=[0]), HASH)
-    source = Source(Path("x"), None, FeaturizationConfig())
+    source = CloudSource(Path("x"), None, FeaturizationConfig())
     jobs = []
     for fit in fits_of(planned).values():
         own = tuple(t for t in planned if t.fit.id == fit.id and t.mode != "test_only")

@@ -23,7 +23,7 @@ from scipy.stats import binomtest
 from simulated import plain, predictions, write_grid
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from ablation.curves import GRID, mean_roc, reliability, roc
+from ablation.curves import GRID, mean_roc, reliability
 from ablation.figures import draw, panels, wrapped
 from ablation.figures_effects import heat_cells
 from ablation.report import _json, write_report
@@ -34,6 +34,7 @@ from ablation.report_text import answer, flattened, interval, notes, number, p_v
 from ablation.tables import write_statistics
 from ablation.trials import Condition
 from cluster.errors import UserError
+from training.figures import roc
 from training.metrics import Interval, confusion_matrix, evaluate
 
 SYSTEMS = ("cubic", "hexagonal", "tetragonal", "orthorhombic", "trigonal", "monoclinic")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from training.dataset import Clouds
+from training.metrics import FloatArray
 
 matplotlib.use("Agg", force=False)
 
@@ -38,32 +39,46 @@ def confusion_figure(counts_CC: NDArray[np.int64], classes: tuple[str, ...]) -> 
     return figure
 
 
+def roc(positive_N: NDArray[np.bool_], score_N: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Receiver operating characteristic: equal scores are one threshold (Fawcett 2006, alg. 1).
+
+    Returns:
+        False- and true-positive rates, (T + 1,) each for T distinct scores, from (0, 0) to (1, 1);
+        NaN where one of the two classes is absent.
+    """
+    order = np.argsort(-score_N, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(score_N[order])), len(order) - 1)
+    hits = np.cumsum(positive_N[order])[last]
+    alarms = last + 1 - hits
+    with np.errstate(invalid="ignore", divide="ignore"):
+        false_rate = np.append(0.0, alarms / np.float64((~positive_N).sum()))
+        true_rate = np.append(0.0, hits / np.float64(positive_N.sum()))
+    return false_rate, true_rate
+
+
 def curves_figure(
     target_N: NDArray[np.int64], probability_NC: NDArray[np.float64], classes: tuple[str, ...]
 ) -> Figure:
     """ROC and precision–recall, one line a class (only class 1 of a binary task)."""
     figure = Figure(figsize=(9, 4), tight_layout=True)
-    roc, pr = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2)
     for c in [1] if len(classes) == 2 else range(len(classes)):
         positive = target_N == c
         if not 0 < positive.sum() < len(positive):
             continue
-        score = probability_NC[:, c]
-        order = np.argsort(-score, kind="stable")
-        last = np.r_[np.diff(score[order]) != 0, True]  # one point a distinct score
-        hits = np.cumsum(positive[order])[last]
-        misses = np.cumsum(~positive[order])[last]
+        false_rate, true_rate = roc(positive, probability_NC[:, c])
+        hits, alarms = positive.sum() * true_rate[1:], (~positive).sum() * false_rate[1:]
         look: Any = {
             "color": COLOURS[c % len(COLOURS)],
             "linestyle": DASHES[c % len(DASHES)],
             "label": classes[c],
         }
-        roc.plot(np.r_[0, misses / (~positive).sum()], np.r_[0, hits / positive.sum()], **look)
-        pr.step(hits / positive.sum(), hits / (hits + misses), where="post", **look)
-    roc.plot([0, 1], [0, 1], color="0.7", linestyle=":")
-    roc.set(xlabel="false positive rate", ylabel="true positive rate")
-    pr.set(xlabel="recall", ylabel="precision", ylim=(0, 1.02))
-    roc.legend()
+        left.plot(false_rate, true_rate, **look)
+        right.step(true_rate[1:], hits / (hits + alarms), where="post", **look)
+    left.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+    left.set(xlabel="false positive rate", ylabel="true positive rate")
+    right.set(xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+    left.legend()
     return figure
 
 

@@ -20,12 +20,11 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """The answer of an ensemble, and three measures of its doubt."""
+    """The answer of an ensemble, and two measures of its doubt."""
 
     probabilities_NC: FloatArray  # mean over members
     spread_N: FloatArray  # standard deviation over members of the predicted class's probability
-    entropy_N: FloatArray  # nats, of the mean: all doubt
-    mutual_information_N: FloatArray  # nats: the doubt that is of the members' disagreement
+    entropy_N: FloatArray  # nats, of the mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +51,7 @@ class DoubtAndError:
 def combine(probabilities_MNC: ArrayLike) -> Ensemble:
     """Members' probabilities → mean and doubts.
 
-    Entropy = mean entropy of the members + mutual information (Depeweg et al., ICML 2018, eq. 9):
-    what the data leave open, and what more data would settle. With one member the spread and the
-    mutual information are 0.
+    With one member the spread is 0.
 
     Raises ValueError for no member, or entries that are no probabilities.
     """
@@ -65,12 +62,10 @@ def combine(probabilities_MNC: ArrayLike) -> Ensemble:
         raise ValueError("probabilities_MNC must be in [0, 1] and add to 1 over the classes")
     mean_NC = members.mean(axis=0)
     own_MN = members[:, np.arange(len(mean_NC)), mean_NC.argmax(axis=1)]
-    entropy_N = _entropy(mean_NC)
     return Ensemble(
         probabilities_NC=mean_NC,
         spread_N=own_MN.std(axis=0, ddof=min(1, len(members) - 1)),
-        entropy_N=entropy_N,
-        mutual_information_N=np.maximum(entropy_N - _entropy(members).mean(axis=0), 0.0),
+        entropy_N=_entropy(mean_NC),
     )
 
 

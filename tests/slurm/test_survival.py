@@ -90,13 +90,13 @@ def test_preempted_by_a_higher_partition_it_saves_and_ends_the_same(
 def test_a_grid_of_24_trials_survives_a_bad_night(
     slurm: Machines, place: Path, small: Path
 ) -> None:
-    """Its time limit, a preemption, a requeue, then cancelled and submitted on fewer nodes."""
-    grid_file(place / "grid.toml", small, arms=SIX, seeds=4, epochs=60, width=32)
+    """Its time limit, a preemption, a requeue, then cancelled and submitted on more nodes."""
+    grid_file(place / "grid.toml", small, arms=SIX, seeds=4, epochs=12, width=32)
     out, log = place / "out", place / "log"
     record = out / "record.jsonl"
 
     def submit(*options: str) -> str:
-        words = ["--partition=low", "--cpus-per-task=2", f"--output={log}", *options]
+        words = ["--partition=low", "--cpus-per-task=1", f"--output={log}", *options]
         return slurm.sbatch(*words, TEMPLATES / "ablate.sbatch", place / "grid.toml", out)
 
     def done() -> int:
@@ -105,7 +105,7 @@ def test_a_grid_of_24_trials_survives_a_bad_night(
     def more(before: int) -> None:
         slurm.until(lambda: done() > before, f"more than {before} trials are done", 180)
 
-    job = submit("--nodes=3", "--time=1", "--signal=B:USR1@20")
+    job = submit("--nodes=2", "--time=1", "--signal=B:USR1@20")
     slurm.requeued(job)
     counts = [done()]
     slurm.run("scontrol", "update", f"jobid={job}", "timelimit=20")
@@ -123,7 +123,7 @@ def test_a_grid_of_24_trials_survives_a_bad_night(
     assert slurm.ended(job) == "CANCELLED"
     counts.append(done())
     assert counts[-1] < 24, "all was done before the last fault"
-    assert slurm.ended(submit("--nodes=2", "--time=20")) == "COMPLETED", log.read_text()
+    assert slurm.ended(submit("--nodes=3", "--time=20")) == "COMPLETED", log.read_text()
     assert (out / "report.html").exists()
     assert not list((out / "fits").glob("*"))
     slurm.run("xtal", "ablate", place / "grid.toml", place / "undisturbed")
@@ -188,10 +188,11 @@ def test_cancelled_is_not_requeued_and_goes_on_with_other_nodes(
     out = place / "data"
     job = featurizing(slurm, out, "--nodes=2")
     begun(slurm, out)
+    before = slurm.job(job)["Restarts"]
     slurm.run("scancel", job)
     assert slurm.ended(job) == "CANCELLED"
     time.sleep(1)
-    assert slurm.job(job)["Restarts"] == "0"
+    assert slurm.job(job)["Restarts"] == before, (place / "data.log").read_text()
     assert slurm.ended(featurizing(slurm, out, "--nodes=3")) == "COMPLETED"
     assert content(out) == undisturbed
 
