@@ -7,6 +7,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -207,6 +209,7 @@ def ranks() -> Ranks:
     announced = max((int(os.environ.get(name) or 1) for name in _LAUNCHER_SIZES), default=1)
     if not any(name in os.environ for name in _LAUNCHER_SIZES):
         return OneProcess()
+    _choose_network()
     # The default action of its signal ends a process that hangs in the MPI library, too.
     signal.alarm(_STARTING)
     try:
@@ -227,6 +230,23 @@ def ranks() -> Ranks:
             remedy="use the mpiexec of mpi4py's own MPI, or srun --mpi=pmi2",
         )
     return world
+
+
+def _choose_network() -> None:
+    """Let the MPI of pip (mpich) meet by libfabric under srun, unless the environment chooses.
+
+    By UCX, its own choice, a rank tells its address in 5 KiB of which a line may be longer than the
+    1,024 bytes that SLURM's pmi2 reads as one; ranks then fail to start, or hang.
+    """
+    found = find_spec("mpi4py")
+    places = (found and found.submodule_search_locations) or []
+    # The wheel, which finds pip's MPI; mpi4py built for a site's MPI has no such file.
+    wheel = any(Path(place).glob("MPI.mpich.*") for place in places)
+    other = {"MPI4PY_LIBMPI", "MPI4PY_MPIABI"} & {*os.environ}
+    if "SLURM_PROCID" in os.environ and wheel and not other:
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+        if interface := os.environ.get("XTAL_RAY_INTERFACE"):
+            os.environ.setdefault("FI_TCP_IFACE", interface)
 
 
 def agree(ranks: Ranks, work: Callable[[], Result]) -> Result:

@@ -4,6 +4,7 @@ Ranks are threads where only the logic matters, and processes of a real `mpiexec
 """
 
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import SMALL, broken, document, process, run, write_lines
 
+from cluster import mpi
 from cluster.errors import UserError
 from cluster.mpi import Board, LocalBoard, OneProcess, Ranks, agree, ranks
 from featurization import finish, resume
@@ -339,3 +341,23 @@ def test_launcher_without_mpi4py(tmp_path: Path) -> None:
     many = process(words, SLURM_STEP_NUM_TASKS="3")
     assert many.returncode != 0
     assert "started as 3 processes, but mpi4py cannot be imported" in many.stderr
+
+
+def test_pips_mpi_meets_by_libfabric_under_srun_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def chosen(**given: str) -> str | None:
+        with monkeypatch.context() as context:
+            for name in ("MPIR_CVAR_CH4_NETMOD", "FI_TCP_IFACE", "SLURM_PROCID"):
+                context.delenv(name, raising=False)
+            for name, value in given.items():
+                context.setenv(name, value)
+            mpi._choose_network()
+            found = os.environ.pop("MPIR_CVAR_CH4_NETMOD", None)
+            assert os.environ.pop("FI_TCP_IFACE", None) == given.get("XTAL_RAY_INTERFACE")
+            return found
+
+    assert chosen() is None
+    assert chosen(SLURM_PROCID="0", XTAL_RAY_INTERFACE="ib0") == "ofi"
+    assert chosen(SLURM_PROCID="0", MPIR_CVAR_CH4_NETMOD="ucx") == "ucx"
+    assert chosen(SLURM_PROCID="0", MPI4PY_MPIABI="mpiabi") is None
