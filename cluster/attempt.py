@@ -196,7 +196,7 @@ class Attempt:
             pause = min(2 * pause, 30.0)
 
 
-def _job() -> str:
+def this_job() -> str:
     """The number of this job, of an element of an array with the element's; empty outside."""
     if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) and os.environ.get("SLURM_JOB_ID"):
         # The number of one of the elements is that of the whole array.
@@ -204,17 +204,23 @@ def _job() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
 
 
-def _is_running(job: str) -> bool:
+def is_running(job: str) -> bool:
     """Whether it has not been cancelled; a controller that does not answer is asked again."""
     for pause in (0, 5, 10, 20, 40):
         time.sleep(pause)
-        if (state := look(job).state) != "UNKNOWN":
-            return state == "RUNNING"
+        with suppress(RunFailed):
+            if (state := look(job).state) != "UNKNOWN":
+                return state == "RUNNING"
     say(f"SLURM does not say what became of job {job}: submit it again")
     return False
 
 
-def _requeue(job: str) -> None:
+def requeue(job: str) -> None:
+    """Put this job back into the queue, which ends this process; it returns if SLURM does not.
+
+    Raises:
+        RunFailed: SLURM refuses.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which SLURM ends this attempt
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -237,7 +243,7 @@ def main() -> None:
     if len(sys.argv) < 4 or sys.argv[2] != "--":
         sys.exit("usage: python -m cluster.attempt RESULT -- COMMAND …")
     result, command = Path(sys.argv[1]), sys.argv[3:]
-    jobs, job = jobs_folder(result), _job()
+    jobs, job = jobs_folder(result), this_job()
     # Not tempfile's, which passes over a full one.
     attempt = Attempt([jobs, temporary_folder()], command, lambda: mark(result))
     try:
@@ -252,8 +258,8 @@ def main() -> None:
         # SLURM also warns of a preemption by SIGTERM; a cancelled job runs no more.
         if killed and not stopped and job:
             time.sleep(_SETTLE)
-        if (stopped or killed) and job and _is_running(job):
-            _requeue(job)
+        if (stopped or killed) and job and is_running(job):
+            requeue(job)
     except (RunFailed, UserError) as error:
         say(str(error))
         sys.exit(1)

@@ -16,12 +16,12 @@ from rich.table import Table
 
 from cluster.attempt import jobs_folder
 from cluster.errors import RunFailed, UserError
-from cluster.ray_cluster import GRAFANA, PROMETHEUS, TARGETS
+from cluster.ray_cluster import DASHBOARD, GRAFANA, OF_JOB, PROMETHEUS
 from cluster.slurm import Job, ask, cancel, look, recorded
 from cluster.submit_commands import submitting
 from cluster.terminal import AsJson, OptionsFile, out, show_json
 
-DASHBOARD = GRAFANA / "crystal-genome.json"
+BOARD = GRAFANA / "crystal-genome.json"
 Result = Annotated[Path, typer.Argument(metavar="RUN", help="What was submitted: OUT or RUN.")]
 
 
@@ -39,6 +39,9 @@ def jobs(result: Result, config: OptionsFile = None, as_json: AsJson = False) ->
     begun = [row for row, _ in rows if Path(row["log"]).exists()]
     if begun:
         log = Path(begun[-1]["log"])
+        if log.parent.name.endswith("_0"):  # of an array: the element that wrote last
+            those = log.parent.parent.glob(f"{begun[-1]['job']}_*/*_log.out")
+            log = max(those, key=lambda path: path.stat().st_mtime)
         out.print(f"{log} ends:", soft_wrap=True, highlight=False)
         for line in log.read_text(errors="replace").splitlines()[-8:]:
             out.print(f"  {line}", soft_wrap=True, highlight=False)
@@ -72,7 +75,8 @@ def dashboard(
     --open this command holds an ssh tunnel to it, where compute nodes let you in: at your desk, if
     SLURM's commands are there, or on the login node.
     """
-    found = [path for each in _folders(result) if (path := each / "dashboard.json").exists()]
+    found = [path for each in _folders(result) for path in each.glob(DASHBOARD.format("*"))]
+    found.sort(key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"no job of {result} has a Ray now", remedy="see xtal jobs RUN")
     seen = json.loads(found[-1].read_text(encoding="utf-8"))
@@ -90,12 +94,12 @@ def dashboard(
         "tunnel": shlex.join(["ssh", "-N", "-J", login, *forward]),
         "print_token": shlex.join([*step, "cat", seen["token"]]),
     }
-    if (jobs / TARGETS).exists():
+    if (jobs / OF_JOB.format(seen["job"])).exists():
         words = ["prometheus", f"--config.file={jobs / PROMETHEUS}"]
         # Not ./data, its own choice, nor a shared file system, which it does not support.
         words += [f"--storage.tsdb.path={tempfile.gettempdir()}/prometheus-{seen['job']}"]
         told["prometheus"] = shlex.join([*words, "--web.listen-address=127.0.0.1:9090"])
-        told["grafana"] = str(DASHBOARD)
+        told["grafana"] = str(BOARD)
     if as_json:
         show_json(told)
     else:

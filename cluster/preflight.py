@@ -37,6 +37,9 @@ def preflight(site: Site, verb: str, jobs: Path, nodes: int, time: str) -> Itera
     yield _file_system(jobs)
     yield _locks(jobs)
     yield from _limits(site, verb, nodes, time)
+    if site.metrics and nodes == 1 and verb != "featurize":
+        said = "a job of one node has Ray for itself, without dashboard and numbers for Prometheus"
+        yield Finding("metrics", said, "give --nodes 2, or follow it by xtal watch")
     yield _python()
 
 

@@ -7,8 +7,10 @@ node COMMAND runs as it is. When it ends, so does all of Ray.
 
 import json
 import os
+import re
+import resource
 import secrets
-import select
+import selectors
 import shutil
 import signal
 import subprocess
@@ -28,6 +30,7 @@ from cluster.ray_session import JOB, JobRay
 
 GRAFANA = Path(__file__).with_name("grafana")
 PROMETHEUS, TARGETS = "prometheus.yml", "targets.json"
+DASHBOARD, OF_JOB = "dashboard-{}.json", "targets-{}.json"  # by the number of the job
 _JOINING = 180.0  # time for a node to join, s
 _ENDING = 15.0  # time for a node to end what it started, s
 # Ray sets the limits of a step by its own counts, and must not wait for another step to end.
@@ -46,14 +49,21 @@ def hostnames() -> list[str]:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
 
 
+def cpus_of(text: str) -> list[int]:
+    """CPUs of each node in what SLURM says of a job: 128(x2),64 is 128, 128, 64."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]
+
+
 class _Node:
     """Ray on one node, by an srun of its own, whose log is a file in the shared folder."""
 
-    def __init__(self, name: str, log: Path, token: str, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, cpus: int, log: Path, token: str, arguments: Sequence[str]
+    ) -> None:
         self.name, self._log = name, log
         self.report: dict[str, Any] | None = None
         self._said = b""
-        cpus = os.environ.get("SLURM_CPUS_ON_NODE", "1")
         words = [*_SRUN, f"--nodelist={name}", f"--cpus-per-task={cpus}"]
         container = os.environ.get("XTAL_CONTAINER")
         words += [container, "python"] if container else [sys.executable]
@@ -115,10 +125,11 @@ def _joined(nodes: list[_Node], until: float) -> None:
         waiting = [node for node in nodes if node.report is None and not node.gone]
         if not waiting:
             return
-        ready, _, _ = select.select([node.output for node in waiting], [], [], 0.5)
-        for node in waiting:
-            if node.output in ready:
-                node.read()
+        with selectors.DefaultSelector() as those:  # select() knows no more than 1,024 files
+            for node in waiting:
+                those.register(node.output, selectors.EVENT_READ, node)
+            for key, _ in those.select(0.5):
+                key.data.read()
 
 
 def run(shared: Path, command: Sequence[str]) -> int:
@@ -132,6 +143,8 @@ def run(shared: Path, command: Sequence[str]) -> int:
         Stopped: it is gone before the command ends.
     """
     names = hostnames()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two files a node
     if len(names) == 1:
         return _attend(subprocess.Popen(command), [], [])
     job = os.environ["SLURM_JOB_ID"]
@@ -139,9 +152,11 @@ def run(shared: Path, command: Sequence[str]) -> int:
     shutil.rmtree(common, ignore_errors=True)  # of an attempt that was killed
     common.mkdir(parents=True, mode=0o700)
     token = secrets.token_hex(32)
+    each_has = cpus_of(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))
+    cpus = dict(zip(names, [*each_has, *each_has[-1:] * len(names)], strict=False))
 
     def node(name: str, *arguments: str) -> _Node:
-        return _Node(name, shared / f"ray-{job}-{name}.log", token, arguments)
+        return _Node(name, cpus[name], shared / f"ray-{job}-{name}.log", token, arguments)
 
     nodes: list[_Node] = []
     try:
@@ -170,7 +185,7 @@ def run(shared: Path, command: Sequence[str]) -> int:
         write_text(private / "job.json", json.dumps(asdict(found)))
         seen = {"job": job, "node": names[0], "port": head.report["dashboard"]}
         seen["token"] = found.token  # where it lies, not what it is
-        write_text(shared / "dashboard.json", json.dumps(seen))
+        write_text(shared / DASHBOARD.format(job), json.dumps(seen))
         _offer(shared, job, [report["metrics"] for report in have if report["metrics"]])
         store = min(report["store"] for report in have) >> 20
         say(
@@ -185,7 +200,7 @@ def run(shared: Path, command: Sequence[str]) -> int:
         until = time.monotonic() + _ENDING
         for each in nodes:
             each.wait(until)
-        for name in ("dashboard.json", TARGETS):
+        for name in (DASHBOARD.format(job), OF_JOB.format(job)):
             (shared / name).unlink(missing_ok=True)
         shutil.rmtree(common, ignore_errors=True)
 
@@ -196,7 +211,7 @@ def _offer(shared: Path, job: str, endpoints: list[str]) -> None:
         return
     labels = {"run": shared.name.removesuffix(".jobs"), "slurm_job": job}
     write_text(shared / PROMETHEUS, (GRAFANA / PROMETHEUS).read_text(encoding="utf-8"))
-    write_text(shared / TARGETS, json.dumps([{"targets": endpoints, "labels": labels}]))
+    write_text(shared / OF_JOB.format(job), json.dumps([{"targets": endpoints, "labels": labels}]))
 
 
 def _attend(child: subprocess.Popen[bytes], heads: list[_Node], workers: list[_Node]) -> int:

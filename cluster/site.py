@@ -83,8 +83,9 @@ class Site(Config):
     @property
     def gpus(self) -> int:
         """GPUs a node, however the site spells them."""
-        count = (self.gres or "").rpartition(":")[2]
-        return int(count) if count.isdigit() else max(self.gpus_per_node, int(bool(self.gres)))
+        # gpu, gpu:4, gpu:a100:4, and beside them others, such as nvme:1.
+        kinds = re.findall(r"\bgpu\b(?::[^:,(]*[^:,(\d][^:,(]*)?(?::(\d+))?", self.gres or "")
+        return sum(int(count or 1) for count in kinds) if kinds else self.gpus_per_node
 
     @property
     def memory(self) -> int:

@@ -12,6 +12,10 @@ from cluster.errors import RunFailed, UserError
 from cluster.files import append_line, whole_lines
 
 RECORD = "jobs.jsonl"
+_OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED", "REVOKED", "TIMEOUT", "UNKNOWN",
+}  # fmt: skip
 _SECONDS = 60  # a controller under load answers slowly
 _FIELDS = ("JobID", "State", "Elapsed", "NodeList", "Reason", "ExitCode")
 
@@ -30,7 +34,7 @@ class Job:
 
     @property
     def over(self) -> bool:
-        return self.state not in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+        return self.state in _OVER
 
 
 def ask(words: Sequence[str]) -> str:
@@ -54,16 +58,22 @@ def ask(words: Sequence[str]) -> str:
 
 
 def look(id: str) -> Job:
-    """A job's state, from whoever still remembers it: the controller, then the accounting."""
+    """A job's state, from whoever still remembers it: the controller, then the accounting.
+
+    Raises:
+        RunFailed: neither answers.
+    """
     try:
         return parse_show_job(ask(["scontrol", "show", "job", id, "--oneliner"]))
-    except RunFailed:
-        pass  # forgotten after MinJobAge
+    except RunFailed as error:
+        controller = error
     try:
         words = ["sacct", "-n", "-P", "-X", "-j", id, f"--format={','.join(_FIELDS)}"]
         return parse_sacct(ask(words), id)
-    except (RunFailed, UserError):
-        return Job(id, "UNKNOWN")  # no accounting
+    except (RunFailed, UserError):  # no accounting
+        if "Invalid job id" not in controller.problem:  # as of one forgotten after MinJobAge
+            raise controller from None
+        return Job(id, "UNKNOWN")
 
 
 def parse_sacct(text: str, id: str) -> Job:

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.attempt import jobs_folder
-from cluster.errors import RunFailed, UserError
+from cluster.attempt import is_running, jobs_folder, requeue, this_job
+from cluster.errors import RunFailed, Stopped, UserError
 from cluster.provenance import provenance
 from cluster.site import Site, check_time, describe, write_setup
 from cluster.slurm import record, seconds_of, submit
@@ -109,13 +109,17 @@ class Plan:
         words = [*self.site.sbatch_options(self.verb), *self._dependencies()]
         options = dict(_split(word) for word in words)
         options.pop("signal")  # submitit sets its own
+        options["requeue"] = True  # which some sites do not by themselves
         executor.update_parameters(
             job_name=f"xtal-{self.verb}",
             nodes=1,
             time=max(1, round(seconds_of(check_time(self.time)) / 60)),
             ntasks_per_node=int(options.pop("ntasks_per_node")),
-            cpus_per_task=int(options.pop("cpus_per_task")),
+            cpus_per_task=int(options["cpus_per_task"]),
             array_parallelism=count,
+            # Since SLURM 22.05 a step does not have the CPUs of its job by itself.
+            srun_args=[f"--cpus-per-task={options.pop('cpus_per_task')}"],
+            stderr_to_stdout=True,
             signal_delay_s=self.site.warning_seconds,
             setup=[f"export {k}={shlex.quote(v)}" for k, v in self.site.environment().items()]
             + list(self.site.setup),
@@ -175,6 +179,8 @@ class _Run:
         words = [sys.executable, "-m", "cluster.attempt", element.result, "--", *element.words]
         self._child = subprocess.Popen(words, env=environment)
         code = self._child.wait()
+        if code == Stopped.exit_code and (job := this_job()) and is_running(job):
+            requeue(job)  # preempted by SIGTERM, to which submitit does not listen
         if code:
             raise RunFailed(f"{shlex.join(element.words)} ended with {code}", remedy="see above")
         return code
@@ -195,7 +201,7 @@ run_element = _Run()
 
 def clean_environment() -> dict[str, str]:
     """This environment without what a surrounding job would tell the new one."""
-    return {k: v for k, v in os.environ.items() if not re.match(r"S(LURM|BATCH)_(?!CONF)", k)}
+    return {k: v for k, v in os.environ.items() if not re.match(r"SLURM_(?!CONF$|CLUSTERS$)", k)}
 
 
 def _literally(path: Path) -> str:

@@ -73,11 +73,10 @@ class Asked:
         return not any(each.fatal for each in found)
 
 
-def workers(site: Site, nodes: int, words: Sequence[str]) -> list[str]:
-    """Words that make a training use all nodes, unless `words` say how many workers it has."""
-    if nodes == 1 or any(word.partition("=")[0] == "--workers" for word in words):
-        return []
-    return ["--workers", str(nodes * max(1, site.gpus))]
+def workers(words: Sequence[str]) -> list[str]:
+    """Words that make a training use the whole job, unless `words` say how many workers it has."""
+    said = any(word.partition("=")[0] == "--workers" for word in words)
+    return [] if said else ["--workers", "0"]
 
 
 def check_words(context: typer.Context, verb: str, words: Sequence[str]) -> None:

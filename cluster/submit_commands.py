@@ -68,7 +68,7 @@ def submit_train(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train on the nodes; on several, --workers of the training are spread over them."""
+    """Train on all GPUs, or all nodes, unless --workers or its configuration say otherwise."""
     words = [str(dataset.absolute()), str(run.absolute()), *context.args]
     _submit(context, "train", run, words)
 
@@ -133,7 +133,7 @@ def submit_all(
         "train": [dataset, str(parts[1]), "--task", task, *_config(training)],
         "ablate": [str(plan), str(parts[2]), "--dataset", dataset],
     }
-    calls["train"] += workers(asked.sites["train"], nodes, calls["train"])
+    calls["train"] += workers(calls["train"])
     for verb, words in calls.items():
         check_words(context, verb, words)
     plans = [
@@ -200,7 +200,7 @@ def _submit(context: typer.Context, verb: str, result: Path, words: Sequence[str
         )
     site, result, words = asked.sites[verb], result.absolute(), list(words)
     if verb == "train":
-        words += workers(site, asked.nodes, words)
+        words += workers(words)
     check_words(context, verb, words)
     plan = Plan(verb, result, tuple(words), site, asked.nodes, asked.time, asked.after)
     if not asked.allows(plan):

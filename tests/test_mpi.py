@@ -20,9 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import SMALL, broken, document, process, run, write_lines
 
-from cluster import mpi
 from cluster.errors import UserError
-from cluster.mpi import Board, LocalBoard, OneProcess, Ranks, agree, ranks
+from cluster.mpi import Board, LocalBoard, OneProcess, Ranks, _choose_network, agree, ranks
 from featurization import finish, resume
 from featurization.featurize import featurize
 from featurization.verify import verify
@@ -352,7 +351,7 @@ def test_pips_mpi_meets_by_libfabric_under_srun_unless_told_otherwise(
                 context.delenv(name, raising=False)
             for name, value in given.items():
                 context.setenv(name, value)
-            mpi._choose_network()
+            _choose_network()
             found = os.environ.pop("MPIR_CVAR_CH4_NETMOD", None)
             assert os.environ.pop("FI_TCP_IFACE", None) == given.get("XTAL_RAY_INTERFACE")
             return found

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from tiny import ROOT, command
 
-from cluster.errors import UserError
+from cluster.errors import RunFailed, UserError
+from cluster.ray_cluster import cpus_of
 from cluster.ray_node import resources
 from cluster.site import VERBS, Site, check_time, read_site, write_setup
-from cluster.slurm import Kind, parse_kind, parse_sacct, parse_show_job, seconds_of
+from cluster.slurm import Job, Kind, look, parse_kind, parse_sacct, parse_show_job, seconds_of
 from cluster.submit import Plan
 
 SITES = [ROOT / "slurm" / "site.toml.example", *sorted((ROOT / "slurm" / "profiles").glob("*"))]
@@ -207,3 +208,47 @@ def test_without_slurm_the_remedy_is_said(
     assert "No such option: --bogus" in capsys.readouterr().err
     assert command(monkeypatch, "jobs", tmp_path / "out") == 2
     assert "no job was submitted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gres", "count"),
+    [
+        ("gpu:a100:4,nvme:1", 4),
+        ("nvme:2,gpu:2", 2),
+        ("gpu", 1),
+        ("gpu:a100", 1),
+        ("gpu:a100:2,gpu:h100:1", 3),
+        ("gpu:4(S:0-1)", 4),
+        ("nvme:1", 0),
+    ],
+)
+def test_gpus_of_a_gres(gres: str, count: int) -> None:
+    assert Site(gres=gres).gpus == count
+
+
+def test_states_that_are_not_over() -> None:
+    for state in ("CONFIGURING", "REQUEUE_HOLD", "SIGNALING", "STAGE_OUT", "RUNNING", "PENDING"):
+        assert not Job("1", state).over
+    for state in ("COMPLETED", "NODE_FAIL", "OUT_OF_MEMORY", "UNKNOWN"):
+        assert Job("1", state).over
+
+
+def test_a_controller_that_does_not_answer_is_no_job_that_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for said, known in (("Invalid job id specified", True), ("Unable to contact", False)):
+        (tmp_path / "scontrol").write_text(
+            f"#!/bin/sh\necho 'slurm_load_jobs error: {said}' >&2\nexit 1\n"
+        )
+        (tmp_path / "scontrol").chmod(0o755)
+        if known:
+            assert look("7") == Job("7", "UNKNOWN")
+        else:
+            with pytest.raises(RunFailed, match="Unable to contact"):
+                look("7")
+
+
+def test_cpus_of_the_nodes_of_a_job() -> None:
+    assert cpus_of("128(x2),64") == [128, 128, 64]
+    assert cpus_of("8") == [8]

@@ -24,7 +24,7 @@ from small import epochs_of, tiny
 
 from cluster.errors import Stopped, UserError
 from training import checkpoint, distributed, loop
-from training.distributed import fit_on_workers
+from training.distributed import fit_on_workers, whole_job
 from training.ensemble import load_members
 from training.evaluate import evaluate_run
 from training.loop import CHECKPOINT, MODEL, Alone, fit, learning_rate, predict
@@ -601,3 +601,13 @@ def test_checkpoints_come_by_time_too(clouds, tmp_path, monkeypatch):
     assert len(steps) == often + 1  # the end of the epoch alone
     assert often > 3
     assert steps[:often] == [(0, step) for step in range(1, often)] + [(1, 0)]
+
+
+def test_the_whole_job_is_its_gpus_or_its_nodes(tmp_path, monkeypatch):
+    told = {"address": "h:1", "token": "t", "nodes": 3, "cores": 12, "shared": str(tmp_path)}
+    monkeypatch.setenv("XTAL_RAY_JOB", str(tmp_path / "job.json"))
+    for gpus, workers in ((0, 3), (4, 4)):
+        (tmp_path / "job.json").write_text(json.dumps(told | {"cards": gpus}))
+        assert whole_job() == workers
+    monkeypatch.delenv("XTAL_RAY_JOB")
+    assert whole_job() == max(1, torch.cuda.device_count())

@@ -45,7 +45,13 @@ def train(
         str | None, typer.Option(help="A finished run whose weights the network begins with.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Weights, order and rotations.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that share each batch.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that share each batch; 0: one a GPU, without GPUs one a node of the "
+            "job, unless the configuration or the model says otherwise."
+        ),
+    ] = None,
     config: ConfigFile = None,
     resume: Annotated[bool, typer.Option(help="Go on from RUN's checkpoint.")] = False,
     dry_run: Annotated[
@@ -55,6 +61,7 @@ def train(
 ) -> None:
     """Train a classifier on a dataset and evaluate it on the held-out test crystals."""
     from training.config import TrainingConfig
+    from training.distributed import whole_job
     from training.metrics_tables import show
     from training.timing import expect
     from training.train import questions_of
@@ -68,11 +75,13 @@ def train(
         "epochs": epochs,
         "init": init,
         "seed": seed,
-        "workers": workers,
+        "workers": workers or None,
     }
     if task == "all":
         flags["task"], *flags["also"] = questions_of(dataset)
     settings = configured(TrainingConfig, config, flags)
+    if workers == 0 and settings.workers == 1 and not settings.in_one_process:
+        settings = configured(TrainingConfig, config, flags | {"workers": whole_job()})
     if dry_run:
         expected = expect(dataset, settings)
         if as_json:

@@ -84,9 +84,14 @@ class TrainingConfig(Config):
     metrics_port: int | None = Field(default=None, ge=1024, le=65535)
     """Port of the loopback network where Prometheus finds metrics of Ray and of its workers."""
 
+    @property
+    def in_one_process(self) -> bool:
+        """Whether the model is grown, not trained step by step, so that workers cannot share it."""
+        return self.model in get_args(BoostedName) or self.model == "blend"
+
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
-        grown = self.model in get_args(BoostedName) or self.model == "blend"
+        grown = self.in_one_process
         if self.workers > 1 and grown:
             raise ValueError(f"workers = {self.workers}: {self.model} trains in one process")
         if self.also and grown:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cluster.errors import Stopped, UserError
 from cluster.files import disk_failed
-from cluster.ray_session import cards, ray_for, threads_for
+from cluster.ray_session import cards, job_ray, ray_for, threads_for
 from training.config import TrainingConfig
 from training.dataset import open_clouds
 from training.ensemble import fit_members
@@ -119,6 +119,12 @@ class _Worker:
 
 class _Lost(Exception):
     """A worker, or Ray, died."""
+
+
+def whole_job() -> int:
+    """Workers that use all GPUs, without GPUs one a node of the job; 1 outside of a job."""
+    job = job_ray()
+    return cards(torch.cuda.device_count()) or (1 if job is None else job.nodes)
 
 
 def fit_on_workers(

@@ -61,7 +61,7 @@ def test_a_chain_uses_all_nodes_and_is_checked_before_it_begins(
     words += ["--site", slurm.shared / "site.toml", "--dry-run", "--json"]
     told = json.loads(slurm.run(*words, "--nodes", "2").stdout)
     assert [each["verb"] for each in told] == ["featurize", "train", "ablate"]
-    assert told[1]["words"][-2:] == ["--workers", "2"]
+    assert told[1]["words"][-2:] == ["--workers", "0"]
     assert told[0]["expected"]["expected"]["records"] == 14
     assert "expected" not in told[1]  # which needs the dataset
     assert "what it takes is known once there is data" in slurm.run(*words[:-1]).stdout

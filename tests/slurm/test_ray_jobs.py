@@ -158,7 +158,7 @@ def test_a_chain_in_a_container_one_of_whose_nodes_is_lost(
     assert "answers: HTTP/1.0 200 OK" in told
     jobs = place / "study" / "ablation.jobs"
     assert f"--config.file={jobs}/prometheus.yml" in told
-    (group,) = json.loads((jobs / "targets.json").read_text())
+    (group,) = json.loads((jobs / f"targets-{job}.json").read_text())
     assert slurm.on("node2", ["sh", "-c", "ls /dev/shm/s"]).stdout.startswith("xtal-ray-")
     assert group["labels"] == {"run": "ablation", "slurm_job": job}
     assert len(group["targets"]) == 3
@@ -175,7 +175,7 @@ def test_a_chain_in_a_container_one_of_whose_nodes_is_lost(
     assert [row["status"] for row in results] == ["done"] * 24
     assert len({row["trial"] for row in results}) == 24
     assert (out / "report.html").exists()
-    assert not (jobs / "targets.json").exists()
+    assert not (jobs / f"targets-{job}.json").exists()
     assert [slurm.on(node, ["ls", "/dev/shm/s"]).stdout for node in slurm.nodes[:2]] == ["", ""]
 
 

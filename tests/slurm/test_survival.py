@@ -152,7 +152,7 @@ def test_an_element_of_an_array_saves_and_is_taken_up_again(
         found = (runs / "seed-0" / name).read_bytes()
         assert found == (place / "undisturbed" / name).read_bytes()
     assert (runs / "seed-1" / "metrics.json").exists()
-    logs = [path.read_text() for path in place.glob("*.jobs/*/*_0_log.err")]
+    logs = [path.read_text() for path in place.glob("*.jobs/*/*_0_log.out")]
     assert sum("all steps so far are saved" in text for text in logs) == 1, logs
     assert not list(slurm.shared.rglob("owned"))
 
