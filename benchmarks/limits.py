@@ -21,7 +21,7 @@ from cluster.attempt import mark
 from cluster.files import append_line, whole_lines, write_text
 from cluster.mpi import OneProcess
 from cluster.provenance import provenance
-from cluster.ray_session import _token, ray_for
+from cluster.ray_session import process_token, ray_for
 from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize
 from training.dataset import load
@@ -104,7 +104,7 @@ def control(nodes: int = 8, actors: int = 60) -> tuple[float, float]:
     import ray
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_AUTH_TOKEN"] = _token()  # as in a job
+    os.environ["RAY_AUTH_TOKEN"] = process_token()  # as in a job
     quiet = {"include_dashboard": False, "object_store_memory": 1 << 27}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | quiet)
     try:

@@ -16,12 +16,12 @@ from rich.table import Table
 
 from cluster.attempt import jobs_folder
 from cluster.errors import RunFailed, UserError
-from cluster.ray_cluster import DASHBOARD, GRAFANA, OF_JOB, PROMETHEUS
+from cluster.ray_cluster import ADDRESS, GRAFANA, OF_JOB, PROMETHEUS
 from cluster.slurm import Job, ask, cancel, look, recorded
 from cluster.submit_commands import submitting
 from cluster.terminal import AsJson, OptionsFile, out, show_json
 
-BOARD = GRAFANA / "crystal-genome.json"
+DASHBOARD = GRAFANA / "crystal-genome.json"
 Result = Annotated[Path, typer.Argument(metavar="RUN", help="What was submitted: OUT or RUN.")]
 
 
@@ -75,7 +75,7 @@ def dashboard(
     --open this command holds an ssh tunnel to it, where compute nodes let you in: at your desk, if
     SLURM's commands are there, or on the login node.
     """
-    found = [path for each in _folders(result) for path in each.glob(DASHBOARD.format("*"))]
+    found = [path for each in _folders(result) for path in each.glob(ADDRESS.format("*"))]
     found.sort(key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"no job of {result} has a Ray now", remedy="see xtal jobs RUN")
@@ -99,7 +99,7 @@ def dashboard(
         # Not ./data, its own choice, nor a shared file system, which it does not support.
         words += [f"--storage.tsdb.path={tempfile.gettempdir()}/prometheus-{seen['job']}"]
         told["prometheus"] = shlex.join([*words, "--web.listen-address=127.0.0.1:9090"])
-        told["grafana"] = str(BOARD)
+        told["grafana"] = str(DASHBOARD)
     if as_json:
         show_json(told)
     else:

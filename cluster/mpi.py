@@ -236,7 +236,7 @@ def _choose_network() -> None:
     """Let the MPI of pip (mpich) meet by libfabric under srun, unless the environment chooses.
 
     By UCX, its own choice, a rank tells its address in 5 KiB of which a line may be longer than the
-    1,024 bytes that SLURM's pmi2 reads as one; ranks then fail to start, or hang.
+    1,024 bytes that SLURM's pmi2 reads as one.
     """
     found = find_spec("mpi4py")
     places = (found and found.submodule_search_locations) or []

@@ -30,7 +30,7 @@ from cluster.ray_session import JOB, JobRay
 
 GRAFANA = Path(__file__).with_name("grafana")
 PROMETHEUS, TARGETS = "prometheus.yml", "targets.json"
-DASHBOARD, OF_JOB = "dashboard-{}.json", "targets-{}.json"  # by the number of the job
+ADDRESS, OF_JOB = "dashboard-{}.json", "targets-{}.json"  # by the number of the job
 _JOINING = 180.0  # time for a node to join, s
 _ENDING = 15.0  # time for a node to end what it started, s
 # Ray sets the limits of a step by its own counts, and must not wait for another step to end.
@@ -143,17 +143,16 @@ def run(shared: Path, command: Sequence[str]) -> int:
         Stopped: it is gone before the command ends.
     """
     names = hostnames()
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two files a node
     if len(names) == 1:
         return _attend(subprocess.Popen(command), [], [])
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two files a node
     job = os.environ["SLURM_JOB_ID"]
     common = shared / f"ray-{job}"
     shutil.rmtree(common, ignore_errors=True)  # of an attempt that was killed
     common.mkdir(parents=True, mode=0o700)
     token = secrets.token_hex(32)
-    each_has = cpus_of(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))
-    cpus = dict(zip(names, [*each_has, *each_has[-1:] * len(names)], strict=False))
+    cpus = dict(zip(names, cpus_of(os.environ["SLURM_JOB_CPUS_PER_NODE"]), strict=True))
 
     def node(name: str, *arguments: str) -> _Node:
         return _Node(name, cpus[name], shared / f"ray-{job}-{name}.log", token, arguments)
@@ -185,7 +184,7 @@ def run(shared: Path, command: Sequence[str]) -> int:
         write_text(private / "job.json", json.dumps(asdict(found)))
         seen = {"job": job, "node": names[0], "port": head.report["dashboard"]}
         seen["token"] = found.token  # where it lies, not what it is
-        write_text(shared / DASHBOARD.format(job), json.dumps(seen))
+        write_text(shared / ADDRESS.format(job), json.dumps(seen))
         _offer(shared, job, [report["metrics"] for report in have if report["metrics"]])
         store = min(report["store"] for report in have) >> 20
         say(
@@ -200,7 +199,7 @@ def run(shared: Path, command: Sequence[str]) -> int:
         until = time.monotonic() + _ENDING
         for each in nodes:
             each.wait(until)
-        for name in (DASHBOARD.format(job), OF_JOB.format(job)):
+        for name in (ADDRESS.format(job), OF_JOB.format(job)):
             (shared / name).unlink(missing_ok=True)
         shutil.rmtree(common, ignore_errors=True)
 

@@ -117,7 +117,8 @@ def ray_for(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
 
 
 @cache
-def _token() -> str:
+def process_token() -> str:
+    """The token of all private sessions of this process."""
     # Ray's client keeps the first token that a process uses, hence one for all its sessions.
     return secrets.token_hex(32)
 
@@ -175,7 +176,7 @@ def local_ray(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
     before = {name: os.environ.get(name) for name in (*settings, "RAY_AUTH_TOKEN_PATH")}
-    with private_folder(_token()) as folder:
+    with private_folder(process_token()) as folder:
         os.environ.update(settings, RAY_AUTH_TOKEN_PATH=str(folder / "token"))
         try:
             with _session(

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from cluster.config import Config, build_config, read_toml
 from cluster.errors import UserError
 from cluster.files import write_text
+from cluster.slurm import gpus_of
 
 VERBS = ("featurize", "train", "ablate")
 _TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
@@ -83,9 +84,7 @@ class Site(Config):
     @property
     def gpus(self) -> int:
         """GPUs a node, however the site spells them."""
-        # gpu, gpu:4, gpu:a100:4, and beside them others, such as nvme:1.
-        kinds = re.findall(r"\bgpu\b(?::[^:,(]*[^:,(\d][^:,(]*)?(?::(\d+))?", self.gres or "")
-        return sum(int(count or 1) for count in kinds) if kinds else self.gpus_per_node
+        return self.gpus_per_node if self.gres is None else gpus_of(self.gres)
 
     @property
     def memory(self) -> int:

@@ -182,10 +182,16 @@ def node_kinds(partition: str | None) -> list[Kind]:
 def parse_kind(row: str) -> Kind:
     """A line of `sinfo -o "%D %c %m %G %f"`."""
     nodes, cores, memory, gres, features = row.split(maxsplit=4)
-    # gpu:a100:4(S:0-1),gpu:2 … or (null); a + after a number says that there are larger ones.
-    gpus = sum(int(found) for found in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
     known = frozenset(features.split(","))
-    return Kind(int(nodes), int(cores.rstrip("+")), int(memory.rstrip("+")), gpus, known)
+    # A + after a number says that there are larger ones.
+    return Kind(int(nodes), int(cores.rstrip("+")), int(memory.rstrip("+")), gpus_of(gres), known)
+
+
+def gpus_of(gres: str) -> int:
+    """GPUs in a list of generic resources: gpu:a100:4(S:0-1),nvme:1 has 4, gpu has 1, (null) 0."""
+    kinds = [each.partition("(")[0].split(":") for each in gres.split(",")]
+    counts = [kind[-1] for kind in kinds if kind[0] == "gpu"]
+    return sum(int(count) if count.isdigit() else 1 for count in counts)
 
 
 def seconds_of(time: str) -> float:

@@ -19,7 +19,7 @@ from small import TINY
 from ablation.grid import GridConfig
 from ablation.run import run_grid
 from ablation.status import Standing
-from cluster.commands import BOARD as DASHBOARD
+from cluster.commands import DASHBOARD
 from cluster.ray_cluster import GRAFANA, PROMETHEUS, TARGETS
 from training.config import TrainingConfig
 
