@@ -208,12 +208,12 @@ def test_a_temporary_folder_that_cannot_be_is_passed_over(tmp_path: Path) -> Non
 
 def test_an_element_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert attempt._job() == "12"
+    assert attempt.this_job() == "12"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert attempt._job() == "12_3"
+    assert attempt.this_job() == "12_3"
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert attempt._job() == ""
+    assert attempt.this_job() == ""
 
 
 @pytest.fixture
