@@ -75,7 +75,8 @@ def ablate(
     if dry_run:
         expected = forecast(settings, folder, part)
         if as_json:
-            show_json({"counts": expected.counts, "expected": expected.rows})
+            seconds = {"alone": 0.0, "shared": expected.shared}
+            show_json({"counts": expected.counts, "expected": expected.rows, "seconds": seconds})
         else:
             show(expected)
         return

@@ -32,6 +32,7 @@ class Forecast:
 
     counts: dict[str, dict[str, int]]  # "task", "model", "arm", "mode" → value → trials
     rows: dict[str, str]
+    shared: float  # s of one process, which all share
 
 
 def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) -> Forecast:
@@ -89,6 +90,7 @@ def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) ->
             "memory": f"about {max(0, memory.resident() - before) / 2**30 + 0.7:.1f} GiB a process",
             "disk": f"{mib:,.0f} MiB in about {files} files",
         },
+        seconds,
     )
 
 

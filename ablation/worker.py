@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from ablation.perturbations import perturbed
 from ablation.plan import Fit, Trial
+from ablation.trials import REFERENCE
 from cluster.errors import UserError
 from cluster.files import disk_failed
+from cluster.gauges import Gauges
 from cluster.ray_session import this_node
 from training.config import ModelName, TrainingConfig
 from training.dataset import CloudSet
@@ -97,7 +99,7 @@ class Worker:
         self._opened: dict[str, CloudSet] = {}
         self._parts: dict[str, Parts] = {}
         self._drawless: set[tuple[str, float | None]] = set()
-        self._gauges = TrainingGauges()
+        self._gauges, self._rates = TrainingGauges(), Gauges()
 
     def node(self) -> str:
         """The id of the node that it is on: it has started."""
@@ -187,7 +189,11 @@ class Worker:
         name = (own.name, arm, strength, None if (arm, strength) in self._drawless else seed)
         if (data := self._kept.get(name)) is None:
             clouds = self._adopted(own, self._open(base))
+            start = time.perf_counter()
             data, drawn = perturbed(clouds, arm, strength, seed)
+            if arm != REFERENCE:
+                rate = len(data) / (time.perf_counter() - start)
+                self._rates.set({"structures_per_second": rate}, arm=arm)
             if not drawn:
                 self._drawless.add((arm, strength))
                 name = (*name[:3], None)

@@ -1,4 +1,4 @@
-"""One attempt of a batch job: `python -m cluster.attempt RESULT -- COMMAND …`.
+"""One attempt of a batch job: `python -m cluster.attempt [--no-requeue] RESULT -- COMMAND …`.
 
 Every command of `xtal` goes on from what is on disk, so that a job survives by being run again:
 
@@ -10,7 +10,8 @@ Every command of `xtal` goes on from what is on disk, so that a job survives by 
   it is, is run again as soon as it is not, within `WAIT` seconds of the last progress.
 - Two attempts of a job that left RESULT as they found it end the job, instead of a third.
 
-The attempts of a job are lines of `RESULT.jobs/attempts.jsonl`.
+With --no-requeue another program requeues the job. The attempts of a job are lines of
+`RESULT.jobs/attempts.jsonl`.
 """
 
 import hashlib
@@ -240,9 +241,11 @@ def say(text: str) -> None:
 
 def main() -> None:
     """Exit code of the command; outside of a SLURM job nothing is requeued."""
-    if len(sys.argv) < 4 or sys.argv[2] != "--":
-        sys.exit("usage: python -m cluster.attempt RESULT -- COMMAND …")
-    result, command = Path(sys.argv[1]), sys.argv[3:]
+    requeues = sys.argv[1:2] != ["--no-requeue"]
+    words = sys.argv[1 if requeues else 2 :]
+    if len(words) < 3 or words[1] != "--":
+        sys.exit("usage: python -m cluster.attempt [--no-requeue] RESULT -- COMMAND …")
+    result, command = Path(words[0]), words[2:]
     jobs, job = jobs_folder(result), this_job()
     # Not tempfile's, which passes over a full one.
     attempt = Attempt([jobs, temporary_folder()], command, lambda: mark(result))
@@ -255,11 +258,12 @@ def main() -> None:
         code = attempt.run()
         stopped = code == _REQUEUE or (attempt.received and code not in (0, _BAD_INPUT))
         killed = code > 128
-        # SLURM also warns of a preemption by SIGTERM; a cancelled job runs no more.
-        if killed and not stopped and job:
-            time.sleep(_SETTLE)
-        if (stopped or killed) and job and is_running(job):
-            requeue(job)
+        if requeues and job and (stopped or killed):
+            if not stopped:
+                time.sleep(_SETTLE)
+            # SLURM also warns of a preemption by SIGTERM; a cancelled job runs no more.
+            if is_running(job):
+                requeue(job)
     except (RunFailed, UserError) as error:
         say(str(error))
         sys.exit(1)

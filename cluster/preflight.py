@@ -136,6 +136,9 @@ def _limits(site: Site, verb: str, nodes: int, time: str) -> Iterator[Finding]:
         known = site.partition is None or "," in site.partition
         yield Finding("partition", f"there is no {name}", "see sinfo -s", not known)
         return
+    if seconds_of(time) <= site.warning_seconds:
+        said = f"--time {time} is over before warning_seconds = {site.warning_seconds}"
+        yield Finding("time", said, "ask for more, or lower it in the site file", True)
     most = found.get("MaxTime", "UNLIMITED")
     if seconds_of(time) > seconds_of(most):
         yield Finding("time", f"--time {time} is over the {most} of {name}", "ask for less", True)

@@ -56,10 +56,18 @@ class Plan:
         found += self._dependencies()
         return [*found, str(TEMPLATES / f"{self.verb}.sbatch"), *self.words]
 
-    def shown(self) -> str:
-        """The command and what it finds in its environment, as a shell would take them."""
+    def shown(self, array: int | None = None) -> str:
+        """The command and what it finds in its environment, as a shell would take them.
+
+        Args:
+            array: elements that submitit submits instead.
+        """
         names = [f"{k}={shlex.quote(v)}" for k, v in self.site.environment().items()]
-        lines = [" ".join([*names, shlex.join(self.sbatch())])]
+        words = self.sbatch() if array is None else self.array_sbatch(array)
+        lines = [" ".join([*names, shlex.join(words)])]
+        if array is not None:
+            each = [shlex.join(["xtal", self.verb, *words]) for words in self.elements(array)]
+            lines += ["by submitit, whose elements run:", *(f"  {line}" for line in each)]
         if self.site.container:
             lines += [f"in the container of: {shlex.join(self.site.container)}"]
         if self.site.setup:
@@ -89,6 +97,21 @@ class Plan:
         seeds = range(count)
         return [(dataset, f"{run}/seed-{n}", *rest, "--seed", f"{n}", "--resume") for n in seeds]
 
+    def array_sbatch(self, count: int) -> list[str]:
+        """What submitit tells sbatch of an array, in words for sbatch itself."""
+        minutes = max(1, round(seconds_of(check_time(self.time)) / 60))
+        words = self.site.sbatch_options(self.verb)
+        return [
+            "sbatch",
+            f"--array=0-{count - 1}%{count}",
+            "--nodes=1",
+            f"--time={minutes}",
+            f"--signal=USR2@{self.site.warning_seconds}",
+            "--requeue",  # which some sites do not by themselves
+            *(word for word in words if not word.startswith("--signal=")),
+            *self._dependencies(),
+        ]
+
     def submit_array(self, count: int) -> str:
         """Submit its `elements` as an array; its number.
 
@@ -106,19 +129,19 @@ class Plan:
         self.jobs.chmod(0o700)  # submitit keeps the callables in it
         more = write_setup(self.site, self.jobs)
         executor = submitit.SlurmExecutor(folder=self.jobs / "%j", max_num_timeout=_TIMEOUTS)
-        words = [*self.site.sbatch_options(self.verb), *self._dependencies()]
-        options = dict(_split(word) for word in words)
-        options.pop("signal")  # submitit sets its own
-        options["requeue"] = True  # which some sites do not by themselves
+        options = dict(_split(word) for word in self.array_sbatch(count)[1:])
+        for own in ("array", "signal"):  # which submitit words itself
+            options.pop(own)
+        cores = options.pop("cpus_per_task")
         executor.update_parameters(
             job_name=f"xtal-{self.verb}",
-            nodes=1,
-            time=max(1, round(seconds_of(check_time(self.time)) / 60)),
+            nodes=int(options.pop("nodes")),
+            time=int(options.pop("time")),
             ntasks_per_node=int(options.pop("ntasks_per_node")),
-            cpus_per_task=int(options["cpus_per_task"]),
+            cpus_per_task=int(cores),
             array_parallelism=count,
             # Since SLURM 22.05 a step does not have the CPUs of its job by itself.
-            srun_args=[f"--cpus-per-task={options.pop('cpus_per_task')}"],
+            srun_args=[f"--cpus-per-task={cores}"],
             stderr_to_stdout=True,
             signal_delay_s=self.site.warning_seconds,
             setup=[f"export {k}={shlex.quote(v)}" for k, v in self.site.environment().items()]
@@ -174,10 +197,9 @@ class _Run:
     """What submitit calls, and asks for what to do after a time limit or a preemption."""
 
     def __call__(self, element: Element) -> int:
-        # Requeueing is submitit's part, waiting for a full disk that of an attempt.
-        environment = {k: v for k, v in os.environ.items() if k != "SLURM_JOB_ID"}
-        words = [sys.executable, "-m", "cluster.attempt", element.result, "--", *element.words]
-        self._child = subprocess.Popen(words, env=environment)
+        # Requeueing is submitit's part; an attempt's to wait for a full disk, and to end a loop.
+        words = [sys.executable, "-m", "cluster.attempt", "--no-requeue", element.result, "--"]
+        self._child = subprocess.Popen([*words, *element.words])
         code = self._child.wait()
         if code == Stopped.exit_code and (job := this_job()) and is_running(job):
             requeue(job)  # preempted by SIGTERM, to which submitit does not listen

@@ -1,5 +1,6 @@
 """What the parts of `xtal submit` are asked, and what is looked at before anything is submitted."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ import typer
 from cluster.errors import RunFailed, UserError
 from cluster.preflight import preflight, probe_node
 from cluster.site import Site, check_time, read_site, write_setup
+from cluster.slurm import seconds_of
 from cluster.submit import Plan
-from cluster.terminal import complain, err
+from cluster.terminal import complain, duration, err, summary
 
 _UsageError: Any = typer.BadParameter.__base__  # typer does not name it
 
@@ -95,13 +97,47 @@ def check_words(context: typer.Context, verb: str, words: Sequence[str]) -> None
         raise UserError(f"xtal {verb}: {error}", remedy=remedy) from None
 
 
-def estimate(plan: Plan, as_json: bool) -> str:
-    """What the verb itself says that it expects, on one core."""
-    command = [sys.executable, "-m", "xtal", plan.verb, *plan.words, "--dry-run"]
-    command += ["--json"] if as_json else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RunFailed(
-            f"xtal {plan.verb} --dry-run: {done.stderr.strip()}", remedy="mend this first"
-        )
-    return done.stdout
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What the verb itself says that it takes on this machine."""
+
+    content: dict[str, Any]
+    seconds: float  # of the job, as if its cores were like those here
+
+    @classmethod
+    def of(cls, plan: Plan, elements: int = 1) -> "Estimate":
+        """From its --dry-run.
+
+        Args:
+            elements: jobs of an array, among which a grid is divided; trainings are one each.
+
+        Raises:
+            RunFailed: it refuses.
+        """
+        command = [sys.executable, "-m", "xtal", plan.verb, *plan.words, "--dry-run", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = f"xtal {plan.verb} --dry-run: {done.stderr.strip()}"
+            raise RunFailed(said, remedy="mend this first")
+        content = json.loads(done.stdout)
+        takes = content["seconds"]
+        # A worker of a training has a node, and its threads all cores of it, as here.
+        share = plan.nodes * (1 if plan.verb == "train" else plan.site.cores_per_node)
+        share *= elements if plan.verb == "ablate" else 1
+        return cls(content, takes["alone"] + takes["shared"] / share)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"expected": self.content, "job_seconds": self.seconds}
+
+    def show(self, plan: Plan) -> None:
+        """Print it, and whether the time limit is enough."""
+        rows = dict(self.content["expected"])
+        rows["this job"] = f"about {duration(self.seconds)}, --time is {plan.time}"
+        summary("what to expect; nothing was submitted", rows)
+        for each in self.content.get("warnings", ()):
+            complain("warning", each)
+        limit = max(1.0, seconds_of(plan.time) - plan.site.warning_seconds)
+        if (again := int(self.seconds // limit)) > 0:
+            said = f"--time {plan.time} is not enough: the job is requeued about {again} times"
+            complain("warning", f"{said}, and goes on each time where it stopped")

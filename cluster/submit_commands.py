@@ -17,12 +17,12 @@ from cluster.submit_asked import (
     After,
     Asked,
     DryRun,
+    Estimate,
     Nodes,
     Probe,
     SiteFile,
     Time,
     check_words,
-    estimate,
     workers,
 )
 from cluster.terminal import AsJson, OptionsFile, out, show_json
@@ -176,12 +176,15 @@ def _show_chain(asked: Asked, plans: Sequence[Plan]) -> None:
         # The others need the dataset.
         ready = plan.verb == "featurize" or (plans[0].result / "manifest.json").exists()
         ready = ready and (plan.verb != "ablate" or Path(plan.words[0]).exists())
+        expected = Estimate.of(plan) if ready else None
         if asked.as_json:
-            expected = {"expected": json.loads(estimate(plan, True))} if ready else {}
-            told.append(_as_dict(plan, None) | expected)
+            told.append(_as_dict(plan, None) | (expected.as_dict() if expected else {}))
             continue
-        expects = estimate(plan, False) if ready else "what it takes is known once there is data"
-        out.print(f"{planned.shown()}\n{expects}", soft_wrap=True, highlight=False)
+        out.print(planned.shown(), soft_wrap=True, highlight=False)
+        if expected is None:
+            out.print("what it takes is known once there is data")
+        else:
+            expected.show(plan)
     if asked.as_json:
         show_json(told)
 
@@ -207,20 +210,18 @@ def _submit(context: typer.Context, verb: str, result: Path, words: Sequence[str
         raise typer.Exit(1)
     shown = []
     if array is not None:
-        first = shlex.join([verb, *plan.elements(array)[0]])
-        shown = [f"{array} elements by submitit, the first: xtal {first}"]
+        shown += [plan.shown(array)]
     if array is None or verb == "ablate":
         shown += ["then:"] if shown else []
         shown += [plan.shown()]
     if not as_json:
         out.print("\n".join(shown), soft_wrap=True, highlight=False)
     if asked.dry_run:
-        expected = estimate(plan, as_json) if asked.after is None else ""
+        expected = Estimate.of(plan, array or 1) if asked.after is None else None
         if as_json:
-            more = {"expected": json.loads(expected)} if expected else {}
-            show_json(_as_dict(plan, None) | more)
+            show_json(_as_dict(plan, None) | (expected.as_dict() if expected else {}))
         elif expected:
-            out.print(expected, soft_wrap=True, highlight=False)
+            expected.show(plan)
         return
     told = {}
     if array is None:

@@ -43,6 +43,8 @@ class Forecast:
 
     rows: dict[str, str | int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    alone: float = 0.0  # s, of one rank while the others wait
+    shared: float = 0.0  # s of one rank, which all share
 
 
 def forecast(
@@ -112,6 +114,8 @@ def forecast(
             "minutes": f"about {(reading + seconds / ranks.size) / 60:,.1f}",
         },
         warnings,
+        reading,
+        seconds,
     )
 
 

@@ -19,9 +19,11 @@ from cluster.errors import RunFailed
 from cluster.files import append_line, whole_lines
 
 
-def tried(result: Path, script: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "cluster.attempt", result, "--", sys.executable, "-c", script]
-    return process(words, timeout=40, **variables)
+def tried(
+    result: Path, script: str, *options: str, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "-m", "cluster.attempt", *options, result, "--"]
+    return process([*words, sys.executable, "-c", script], timeout=40, **variables)
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 7])
@@ -81,6 +83,20 @@ def test_an_attempt_without_progress_ends_before_its_command(tmp_path: Path) -> 
     assert "no progress" in done.stderr
     assert "remedy" in done.stderr
     assert "it ran" not in done.stdout
+
+
+def test_what_submitit_requeues_ends_without_progress_too(tmp_path: Path) -> None:
+    """Its elements are jobs of their own, of which one may get on and another not."""
+    element = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    script = "print('it ran'); raise SystemExit(75)"
+    done = [tried(tmp_path / "out", script, "--no-requeue", **element) for _ in range(3)]
+    assert [each.returncode for each in done] == [75, 75, 1]
+    assert ["it ran" in each.stdout for each in done] == [True, True, False]
+    assert "job 7_1 made no progress" in done[-1].stderr
+    other = tried(
+        tmp_path / "out", script, "--no-requeue", **element | {"SLURM_ARRAY_TASK_ID": "2"}
+    )
+    assert "it ran" in other.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

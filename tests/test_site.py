@@ -13,6 +13,7 @@ from cluster.ray_node import resources
 from cluster.site import VERBS, Site, check_time, read_site, write_setup
 from cluster.slurm import Job, Kind, look, parse_kind, parse_sacct, parse_show_job, seconds_of
 from cluster.submit import Plan
+from cluster.submit_asked import Estimate
 
 SITES = [ROOT / "slurm" / "site.toml.example", *sorted((ROOT / "slurm" / "profiles").glob("*"))]
 
@@ -252,3 +253,23 @@ def test_a_controller_that_does_not_answer_is_no_job_that_has_ended(
 def test_cpus_of_the_nodes_of_a_job() -> None:
     assert cpus_of("128(x2),64") == [128, 128, 64]
     assert cpus_of("8") == [8]
+
+
+def test_an_estimate_is_compared_with_the_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a real one of a real source: on 4 cores a quarter of what one takes."""
+    for cores in (1, 4):
+        site = Site(cores_per_node=cores, warning_seconds=59)
+        words = ("prototypes:560", str(tmp_path / "out"), "--selection", "sphere:1.5")
+        plan = Plan("featurize", tmp_path / "out", words, site, nodes=1, time="1")
+        found = Estimate.of(plan)
+        takes = found.content["seconds"]
+        assert found.seconds == pytest.approx(takes["alone"] + takes["shared"] / cores)
+        assert found.content["expected"]["records"] == 560
+    assert takes["shared"] > 0.1
+    for seconds, times in ((0.9, None), (7.5, 7)):
+        Estimate(found.content, seconds).show(plan)
+        said = capsys.readouterr()
+        assert f"about {seconds:.0f} s, --time is 1" in said.out
+        assert (f"is requeued about {times} times" in said.err) == (times is not None)

@@ -85,9 +85,10 @@ def train(
     if dry_run:
         expected = expect(dataset, settings)
         if as_json:
-            show_json(expected)
+            seconds = {"alone": expected.alone, "shared": expected.shared}
+            show_json({"expected": expected.rows, "seconds": seconds})
         else:
-            summary("what to expect; nothing was trained", expected)
+            summary("what to expect; nothing was trained", expected.rows)
         return
     total = settings.members * settings.passes
     with bar(settings.question.question, total, shown=not as_json) as update:

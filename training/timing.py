@@ -38,8 +38,17 @@ class Timed:
     inputs: float  # bytes of what the models see
 
 
-def expect(dataset: Path, config: TrainingConfig) -> dict[str, str]:
-    """What `training.train.train` would take on this machine, in words, from one process.
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a training takes: in words, and in seconds of one process of this machine."""
+
+    rows: dict[str, str]
+    alone: float  # s that workers do not share
+    shared: float
+
+
+def expect(dataset: Path, config: TrainingConfig) -> Forecast:
+    """What `training.train.train` would take on this machine, from one process.
 
     Raises:
         UserError: no dataset, no usable classes.
@@ -52,11 +61,16 @@ def expect(dataset: Path, config: TrainingConfig) -> dict[str, str]:
     seconds = timed.once + timed.training + timed.test
     sides = ", ".join(f"{len(rows):,} {side}" for side, rows in parts.rows.items())
     several = f"; {config.workers} workers share it" if config.workers > 1 else ""
-    return {
-        "crystals": sides,
-        "time": f"{duration(seconds)} in one process, if no early stop shortens it{several}",
-        "memory": f"about {(clouds + timed.inputs) / 2**30 + 0.7:.1f} GiB a process",
-    }
+    shared = 0.0 if config.in_one_process else timed.training
+    return Forecast(
+        {
+            "crystals": sides,
+            "time": f"{duration(seconds)} in one process, if no early stop shortens it{several}",
+            "memory": f"about {(clouds + timed.inputs) / 2**30 + 0.7:.1f} GiB a process",
+        },
+        seconds - shared,
+        shared,
+    )
 
 
 def timed_training(data: CloudSet, config: TrainingConfig, parts: Parts) -> Timed:

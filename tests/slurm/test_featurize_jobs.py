@@ -78,6 +78,7 @@ def test_a_chain_uses_all_nodes_and_is_checked_before_it_begins(
         ('memory_per_node = "9G"', "have memory_per_node = 9216; the most is 8000"),
         ("[train]\ngpus_per_node = 1", "have gpus_per_node = 1; the most is 0"),
         ('constraint = "fast"', "0 of the nodes of batch have constraint = fast"),
+        ("warning_seconds = 3600", "--time 60 is over before warning_seconds = 3600"),
     ],
 )
 def test_what_no_node_has_is_refused_before_the_queue(

@@ -1,6 +1,7 @@
 """Jobs that are stopped, requeued, preempted, or get nowhere; trainings as an array."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -138,8 +139,13 @@ def test_an_element_of_an_array_saves_and_is_taken_up_again(
     words = ["--task", "crystal_system", "--epochs", "80"]
     runs = place / "a b $(touch owned)&"
     submit = ["xtal", "submit", "train", small, runs, "--array", "2"]
-    submit += ["--site", slurm.shared / "site.toml", "--json", *words]
-    job = json.loads(slurm.run(*submit).stdout)["job"]
+    submit += ["--site", slurm.shared / "site.toml", *words]
+    shown = slurm.run(*submit, "--dry-run").stdout.partition("\nby submitit")[0]
+    job = json.loads(slurm.run(*submit, "--json").stdout)["job"]
+    (script,) = place.glob("*.jobs/submission_file_*.sh")
+    told = set(script.read_text().splitlines())
+    asked = shlex.split(shown.partition("sbatch ")[2])
+    assert {f"#SBATCH {word}" for word in asked} <= told
     slurm.until((runs / "seed-0" / "history.csv").exists, "a training has begun", 60)
     slurm.run("scancel", "--signal=USR2", f"{job}_0")
     slurm.until(lambda: slurm.job(f"{job}_0")["Restarts"] == "1", "it is requeued", 60)
@@ -152,6 +158,8 @@ def test_an_element_of_an_array_saves_and_is_taken_up_again(
         found = (runs / "seed-0" / name).read_bytes()
         assert found == (place / "undisturbed" / name).read_bytes()
     assert (runs / "seed-1" / "metrics.json").exists()
+    attempts = [path.read_text().count("\n") for path in sorted(runs.glob("*.jobs/attempts.jsonl"))]
+    assert attempts == [2, 1]
     logs = [path.read_text() for path in place.glob("*.jobs/*/*_0_log.out")]
     assert sum("all steps so far are saved" in text for text in logs) == 1, logs
     assert not list(slurm.shared.rglob("owned"))
