@@ -228,6 +228,10 @@ class Machines:
         pairs = (word.partition("=") for word in done.stdout.split())
         return {key: value for key, _, value in pairs}
 
+    def nodes_of(self, job: str) -> list[str]:
+        """The nodes that a job has now."""
+        return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).stdout.split()
+
     def requeued(self, job: str, times: int = 1) -> None:
         """Wait until a job has been put back into the queue; it may run again by then."""
         again = f"job {job} is requeued, {times} times"

@@ -88,6 +88,38 @@ def test_preempted_by_a_higher_partition_it_saves_and_ends_the_same(
         assert (out / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
 
 
+def test_a_training_on_two_nodes_loses_one_and_then_the_first(
+    slurm: Machines, place: Path, small: Path
+) -> None:
+    """The first has the batch step and Ray's head; the result has the bits of an undisturbed one."""
+    words = ["--task", "crystal_system", "--epochs", "60", "--workers", "2"]
+    out, log = place / "run", place / "log"
+    options = ["--partition=low", "--nodes=2", "--cpus-per-task=1", "--time=10", f"--output={log}"]
+    job = slurm.sbatch(*options, TEMPLATES / "train.sbatch", small, out, *words)
+
+    def epochs() -> int:
+        path = out / "history.csv"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    counts = [0]
+    for times, lost in ((1, slurm.nodes[1]), (2, slurm.nodes[0])):
+        slurm.until(lambda: epochs() > counts[-1] + 1, f"epochs after {counts} are done", 120)
+        assert lost in slurm.nodes_of(job)
+        slurm.kill(lost)
+        try:
+            # As a health check does, before the controller misses it and Ray goes on without it.
+            slurm.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=power")
+            slurm.requeued(job, times)
+        finally:
+            slurm.start(lost)
+        counts.append(epochs())
+    assert counts[-1] < 61, "all was done before the last fault"
+    assert slurm.ended(job) == "COMPLETED", log.read_text()
+    slurm.run("xtal", "train", small, place / "undisturbed", *words)
+    for name in ("model.safetensors", "history.csv"):
+        assert (out / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
+
+
 def test_a_grid_of_24_trials_survives_a_bad_night(
     slurm: Machines, place: Path, small: Path
 ) -> None:
@@ -142,7 +174,7 @@ def test_an_element_of_an_array_saves_and_is_taken_up_again(
     submit += ["--site", slurm.shared / "site.toml", *words]
     shown = slurm.run(*submit, "--dry-run").stdout.partition("\nby submitit")[0]
     job = json.loads(slurm.run(*submit, "--json").stdout)["job"]
-    (script,) = place.glob("*.jobs/submission_file_*.sh")
+    (script,) = place.glob("*.jobs/*/*_submission.sh")
     told = set(script.read_text().splitlines())
     asked = shlex.split(shown.partition("sbatch ")[2])
     assert {f"#SBATCH {word}" for word in asked} <= told
