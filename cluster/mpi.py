@@ -236,7 +236,8 @@ def _choose_network() -> None:
     """Let the MPI of pip (mpich) meet by libfabric under srun, unless the environment chooses.
 
     By UCX, its own choice, a rank tells its address in 5 KiB of which a line may be longer than the
-    1,024 bytes that SLURM's pmi2 reads as one.
+    1,024 bytes that SLURM's pmi2 reads as one. Under libfabric ranks of a node talk over it as well:
+    with shared memory beside it, MPICH 5.0.2 hung in one of four meetings (benchmarks/LOG.md).
     """
     found = find_spec("mpi4py")
     places = (found and found.submodule_search_locations) or []
@@ -245,6 +246,8 @@ def _choose_network() -> None:
     other = {"MPI4PY_LIBMPI", "MPI4PY_MPIABI"} & {*os.environ}
     if "SLURM_PROCID" in os.environ and wheel and not other:
         os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+        if os.environ["MPIR_CVAR_CH4_NETMOD"] == "ofi":
+            os.environ.setdefault("MPIR_CVAR_NOLOCAL", "1")
         if interface := os.environ.get("XTAL_RAY_INTERFACE"):
             os.environ.setdefault("FI_TCP_IFACE", interface)
 

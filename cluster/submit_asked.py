@@ -52,7 +52,7 @@ class Asked:
             UserError: a wrong site file, time or job.
         """
         given: dict[str, Any] = {f.name: context.params.get(f.name) for f in fields(cls)}
-        given["sites"] = read_site(context.params["site"])
+        given["sites"] = read_site(Path(context.params["site"]))  # typer 0.26 gives its text
         asked = cls(**given)
         check_time(asked.time)
         if asked.after is not None and not asked.after.replace("_", "").isdigit():

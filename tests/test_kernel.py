@@ -215,11 +215,11 @@ def test_a_point_on_the_sphere_is_inside(
     lattice = np.ascontiguousarray(matrix @ crystal.lattice)
     q_max = float(np.linalg.norm(np.linalg.inv(lattice) @ np.array(hkl))) or 0.3
     longest = float(np.linalg.norm(lattice, axis=1).max())
-    found = sphere_half(lattice, crystal.volume, longest, q_max, 100_000)
+    found = sphere_half(lattice, crystal.volume, longest, q_max, 10**7)
     shell = np.linalg.norm(found @ np.linalg.inv(lattice).T, axis=1)
     assert tuple(hkl) in {tuple(h) for h in found} | {tuple(-h) for h in found} or not any(hkl)
     # 1e-7 less, and the points of this shell are gone.
-    fewer = sphere_half(lattice, crystal.volume, longest, q_max * (1 - 1e-7), 100_000)
+    fewer = sphere_half(lattice, crystal.volume, longest, q_max * (1 - 1e-7), 10**7)
     assert len(found) - len(fewer) == (shell > q_max * (1 - 1e-7)).sum()
 
 

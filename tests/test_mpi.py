@@ -343,7 +343,10 @@ def test_launcher_without_mpi4py(tmp_path: Path) -> None:
     assert "started as 3 processes, but mpi4py cannot be imported" in many.stderr
 
 
-CHOOSING = ("MPIR_CVAR_CH4_NETMOD", "FI_TCP_IFACE", "SLURM_PROCID", "XTAL_RAY_INTERFACE")
+CHOOSING = (
+    "MPIR_CVAR_CH4_NETMOD", "MPIR_CVAR_NOLOCAL", "FI_TCP_IFACE", "SLURM_PROCID",
+    "XTAL_RAY_INTERFACE",
+)  # fmt: skip
 
 
 def test_pips_mpi_meets_by_libfabric_under_srun_unless_told_otherwise(
@@ -360,6 +363,7 @@ def test_pips_mpi_meets_by_libfabric_under_srun_unless_told_otherwise(
                 context.setenv(name, value)
             _choose_network()
             found = os.environ.pop("MPIR_CVAR_CH4_NETMOD", None)
+            assert os.environ.pop("MPIR_CVAR_NOLOCAL", None) == ("1" if found == "ofi" else None)
             assert os.environ.pop("FI_TCP_IFACE", None) == given.get("XTAL_RAY_INTERFACE")
             return found
 

@@ -25,6 +25,21 @@ def undisturbed(slurm: Machines) -> tuple[int, str]:
     return content(slurm.shared / "undisturbed")
 
 
+TRAINING = ["--task", "crystal_system", "--epochs", "80"]
+
+
+@pytest.fixture(scope="module")
+def trained(slurm: Machines, small: Path) -> Path:
+    """A training that nothing happens to."""
+    slurm.run("xtal", "train", small, slurm.shared / "trained", *TRAINING)
+    return slurm.shared / "trained"
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    names = ("model.safetensors", "history.csv")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
 def begun(slurm: Machines, out: Path) -> None:
     """Wait until blocks of a featurization are at work."""
     slurm.until(lambda: any(out.glob("journal/at-*")), f"{out.name} has begun", 180)
@@ -67,31 +82,28 @@ def test_a_lost_node_requeues_the_job(
 
 
 def test_preempted_by_a_higher_partition_it_saves_and_ends_the_same(
-    slurm: Machines, place: Path, small: Path
+    slurm: Machines, place: Path, small: Path, trained: Path
 ) -> None:
     """A training in the low partition, then a job of the higher one that wants all nodes."""
-    words = ["--task", "crystal_system", "--epochs", "80"]
     out, log = place / "run", place / "run.log"
     options = ["--partition=low", "--nodes=1", "--cpus-per-task=2", "--time=5", f"--output={log}"]
-    job = slurm.sbatch(*options, TEMPLATES / "train.sbatch", small, out, *words)
+    job = slurm.sbatch(*options, TEMPLATES / "train.sbatch", small, out, *TRAINING)
     slurm.until((out / "history.csv").exists, "the training has begun", 60)
     urgent = slurm.sbatch("--partition=batch", "--nodes=3", "--exclusive", "--wrap=sleep 1")
     slurm.requeued(job)
     assert not (out / "model.safetensors").exists()
     saved = read(out / "checkpoint.safetensors")[1]["position"]
-    slurm.run("xtal", "train", small, place / "undisturbed", *words)
     assert slurm.ended(urgent) == "COMPLETED"
     assert slurm.ended(job) == "COMPLETED", log.read_text()
     assert "all steps so far are saved" in log.read_text()
     assert (saved["epoch"], saved["step"]) > (0, 0)
-    for name in ("model.safetensors", "history.csv"):
-        assert (out / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
+    assert same_bits(out, trained)
 
 
 def test_a_training_on_two_nodes_loses_one_and_then_the_first(
     slurm: Machines, place: Path, small: Path
 ) -> None:
-    """The first has the batch step and Ray's head; the result has the bits of an undisturbed one."""
+    """The first has the batch step and Ray's head; all ends with an undisturbed one's bits."""
     words = ["--task", "crystal_system", "--epochs", "60", "--workers", "2"]
     out, log = place / "run", place / "log"
     options = ["--partition=low", "--nodes=2", "--cpus-per-task=1", "--time=10", f"--output={log}"]
@@ -116,8 +128,7 @@ def test_a_training_on_two_nodes_loses_one_and_then_the_first(
     assert counts[-1] < 61, "all was done before the last fault"
     assert slurm.ended(job) == "COMPLETED", log.read_text()
     slurm.run("xtal", "train", small, place / "undisturbed", *words)
-    for name in ("model.safetensors", "history.csv"):
-        assert (out / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
+    assert same_bits(out, place / "undisturbed")
 
 
 def test_a_grid_of_24_trials_survives_a_bad_night(
@@ -165,13 +176,12 @@ def test_a_grid_of_24_trials_survives_a_bad_night(
 
 
 def test_an_element_of_an_array_saves_and_is_taken_up_again(
-    slurm: Machines, place: Path, small: Path
+    slurm: Machines, place: Path, small: Path, trained: Path
 ) -> None:
     """SIGUSR2, as submitit has SLURM send it before the time limit."""
-    words = ["--task", "crystal_system", "--epochs", "80"]
     runs = place / "a b $(touch owned)&"
     submit = ["xtal", "submit", "train", small, runs, "--array", "2"]
-    submit += ["--site", slurm.shared / "site.toml", *words]
+    submit += ["--site", slurm.shared / "site.toml", *TRAINING]
     shown = slurm.run(*submit, "--dry-run").stdout.partition("\nby submitit")[0]
     job = json.loads(slurm.run(*submit, "--json").stdout)["job"]
     (script,) = place.glob("*.jobs/*/*_submission.sh")
@@ -184,11 +194,8 @@ def test_an_element_of_an_array_saves_and_is_taken_up_again(
     saved = read(runs / "seed-0" / "checkpoint.safetensors")[1]["position"]
     assert (saved["epoch"], saved["step"]) > (0, 0)
     assert not (runs / "seed-0" / "model.safetensors").exists()
-    slurm.run("xtal", "train", small, place / "undisturbed", *words)
     slurm.until(lambda: slurm.run("squeue", "-h", "-j", job).stdout == "", "the array is done", 120)
-    for name in ("model.safetensors", "history.csv"):
-        found = (runs / "seed-0" / name).read_bytes()
-        assert found == (place / "undisturbed" / name).read_bytes()
+    assert same_bits(runs / "seed-0", trained)
     assert (runs / "seed-1" / "metrics.json").exists()
     attempts = [path.read_text().count("\n") for path in sorted(runs.glob("*.jobs/attempts.jsonl"))]
     assert attempts == [2, 1]
