@@ -75,7 +75,7 @@ def ablate(
     if dry_run:
         expected = forecast(settings, folder, part)
         if as_json:
-            seconds = {"alone": 0.0, "shared": expected.shared}
+            seconds = {"alone": 0.0, "shared": expected.shared, "shares": expected.shares}
             show_json({"counts": expected.counts, "expected": expected.rows, "seconds": seconds})
         else:
             show(expected)

@@ -33,6 +33,7 @@ class Forecast:
     counts: dict[str, dict[str, int]]  # "task", "model", "arm", "mode" → value → trials
     rows: dict[str, str]
     shared: float  # s of one process, which all share
+    shares: int  # most processes that can work at a time
 
 
 def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) -> Forecast:
@@ -91,6 +92,7 @@ def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) ->
             "disk": f"{mib:,.0f} MiB in about {files} files",
         },
         seconds,
+        min(grid.processes or len(planned), max(1, len(fits) or len(todo))),
     )
 
 

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from ablation.perturbations import perturbed
 from ablation.plan import Fit, Trial
-from ablation.trials import REFERENCE
 from cluster.errors import UserError
 from cluster.files import disk_failed
 from cluster.gauges import Gauges
@@ -147,7 +146,7 @@ class Worker:
         union = np.unique(np.concatenate(tests))
         first, start = trials[0], time.perf_counter()
         clouds = self._adopted(own, whole).subset(union)
-        data, _ = perturbed(clouds, first.arm, first.strength, first.training.seed)
+        data, _ = self._timed(clouds, first.arm, first.strength, first.training.seed)
         for trial, rows in zip(trials, tests, strict=True):
             trained = load_members(self.folder(trial.fit), trial.training)
             model = trial.training.model
@@ -189,16 +188,23 @@ class Worker:
         name = (own.name, arm, strength, None if (arm, strength) in self._drawless else seed)
         if (data := self._kept.get(name)) is None:
             clouds = self._adopted(own, self._open(base))
-            start = time.perf_counter()
-            data, drawn = perturbed(clouds, arm, strength, seed)
-            if arm != REFERENCE:
-                rate = len(data) / (time.perf_counter() - start)
-                self._rates.set({"structures_per_second": rate}, arm=arm)
+            data, drawn = self._timed(clouds, arm, strength, seed)
             if not drawn:
                 self._drawless.add((arm, strength))
                 name = (*name[:3], None)
             self._kept.put(name, data)
         return data, name
+
+    def _timed(
+        self, clouds: CloudSet, arm: str, strength: float | None, seed: int
+    ) -> tuple[CloudSet, bool]:
+        """`perturbed`, and how fast for Prometheus, unless it was done before featurization."""
+        start = time.perf_counter()
+        data, drawn = perturbed(clouds, arm, strength, seed)
+        if data is not clouds:
+            rate = len(data) / (time.perf_counter() - start)
+            self._rates.set({"structures_per_second": rate}, arm=arm)
+        return data, drawn
 
     def _prepared(
         self, clouds: tuple[Any, ...], data: CloudSet, config: TrainingConfig, parts: Parts

@@ -1,4 +1,4 @@
-"""One attempt of a batch job: `python -m cluster.attempt [--no-requeue] RESULT -- COMMAND …`.
+"""One attempt of a batch job: `python -m cluster.attempt RESULT -- COMMAND …`.
 
 Every command of `xtal` goes on from what is on disk, so that a job survives by being run again:
 
@@ -10,10 +10,12 @@ Every command of `xtal` goes on from what is on disk, so that a job survives by 
   it is, is run again as soon as it is not, within `WAIT` seconds of the last progress.
 - Two attempts of a job that left RESULT as they found it end the job, instead of a third.
 
-With --no-requeue another program requeues the job. The attempts of a job are lines of
-`RESULT.jobs/attempts.jsonl`.
+The attempts of a job are lines of `RESULT.jobs/attempts.jsonl`. Of an element of an array, which
+another program requeues, it is `cluster.attempt --no-requeue RESULT PLACE -- COMMAND …`, where
+PLACE is the part of RESULT that the element works in.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -205,7 +207,7 @@ def this_job() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
 
 
-def is_running(job: str) -> bool:
+def _is_running(job: str) -> bool:
     """Whether it has not been cancelled; a controller that does not answer is asked again."""
     for pause in (0, 5, 10, 20, 40):
         time.sleep(pause)
@@ -216,7 +218,23 @@ def is_running(job: str) -> bool:
     return False
 
 
-def requeue(job: str) -> None:
+def requeue_if_running(job: str, *, killed: bool) -> None:
+    """Put this job back into the queue, unless it was cancelled.
+
+    Args:
+        killed: its work has not ended by itself.
+
+    Raises:
+        RunFailed: SLURM refuses.
+    """
+    if killed:
+        time.sleep(_SETTLE)
+    # SLURM also warns of a preemption by SIGTERM; a cancelled job runs no more.
+    if _is_running(job):
+        _requeue(job)
+
+
+def _requeue(job: str) -> None:
     """Put this job back into the queue, which ends this process; it returns if SLURM does not.
 
     Raises:
@@ -241,29 +259,27 @@ def say(text: str) -> None:
 
 def main() -> None:
     """Exit code of the command; outside of a SLURM job nothing is requeued."""
-    requeues = sys.argv[1:2] != ["--no-requeue"]
-    words = sys.argv[1 if requeues else 2 :]
-    if len(words) < 3 or words[1] != "--":
-        sys.exit("usage: python -m cluster.attempt [--no-requeue] RESULT -- COMMAND …")
-    result, command = Path(words[0]), words[2:]
-    jobs, job = jobs_folder(result), this_job()
+    parser = argparse.ArgumentParser(prog="python -m cluster.attempt")
+    parser.add_argument("--no-requeue", action="store_true")
+    parser.add_argument("result", type=Path)
+    parser.add_argument("place", type=Path, nargs="?")
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given, command = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
+    if not command:
+        parser.error("give a command after --")
+    jobs, place, job = jobs_folder(given.result), given.place or given.result, this_job()
     # Not tempfile's, which passes over a full one.
-    attempt = Attempt([jobs, temporary_folder()], command, lambda: mark(result))
+    attempt = Attempt([jobs, temporary_folder()], command, lambda: mark(place))
     try:
         attempt.wait_for_disks()
         if job and not attempt.received:
             jobs.mkdir(parents=True, exist_ok=True)
             with disk_explained(jobs):
-                note_attempt(jobs, job, mark(result))
+                note_attempt(jobs, job, mark(place))
         code = attempt.run()
         stopped = code == _REQUEUE or (attempt.received and code not in (0, _BAD_INPUT))
-        killed = code > 128
-        if requeues and job and (stopped or killed):
-            if not stopped:
-                time.sleep(_SETTLE)
-            # SLURM also warns of a preemption by SIGTERM; a cancelled job runs no more.
-            if is_running(job):
-                requeue(job)
+        if job and not given.no_requeue and (stopped or code > 128):
+            requeue_if_running(job, killed=not stopped)
     except (RunFailed, UserError) as error:
         say(str(error))
         sys.exit(1)

@@ -236,8 +236,8 @@ def _choose_network() -> None:
     """Let the MPI of pip (mpich) meet by libfabric under srun, unless the environment chooses.
 
     By UCX, its own choice, a rank tells its address in 5 KiB of which a line may be longer than the
-    1,024 bytes that SLURM's pmi2 reads as one. Under libfabric ranks of a node talk over it as well:
-    with shared memory beside it, MPICH 5.0.2 hung in one of four meetings (benchmarks/LOG.md).
+    1,024 bytes that SLURM's pmi2 reads as one. By libfabric, beside shared memory for ranks of one
+    node, MPICH 5.0.2 hung in one of four meetings (benchmarks/LOG.md): they use it as well.
     """
     found = find_spec("mpi4py")
     places = (found and found.submodule_search_locations) or []

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.attempt import trouble
@@ -140,18 +140,24 @@ def _limits(site: Site, verb: str, nodes: int, time: str) -> Iterator[Finding]:
         said = f"--time {time} is over before warning_seconds = {site.warning_seconds}"
         yield Finding("time", said, "ask for more, or lower it in the site file", True)
     most = found.get("MaxTime", "UNLIMITED")
+    # Another than the default may be chosen by the site, from the constraint or the qos.
+    chosen = site.partition is not None
     if seconds_of(time) > seconds_of(most):
-        yield Finding("time", f"--time {time} is over the {most} of {name}", "ask for less", True)
+        said = f"--time {time} is over the {most} of {name}"
+        yield Finding("time", said, "ask for less", chosen)
     have, limit = int(found.get("TotalNodes", 0)), found.get("MaxNodes", "UNLIMITED")
     least = min(have, int(limit)) if limit.isdigit() else have
     if nodes > least:
-        yield Finding("nodes", f"{name} gives at most {least}", f"use --nodes {least}", True)
+        said, remedy = f"{name} gives at most {least}", f"use --nodes {least}"
+        yield Finding("nodes", said, remedy, chosen)
         return
     caps = {"cores": found.get("MaxCPUsPerNode", ""), "memory": found.get("MaxMemPerNode", "")}
     capped = {what: int(text) for what, text in caps.items() if text.isdigit()}
-    yield _size(site, verb, nodes, name, kinds, capped) or Finding(
-        "partition", f"{name}: {have} nodes, at most {most}"
-    )
+    lack = _size(site, verb, nodes, name, kinds, capped)
+    if lack is not None:
+        yield replace(lack, fatal=chosen)
+    else:
+        yield Finding("partition", f"{name}: {have} nodes, at most {most}")
 
 
 def _size(

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from cluster.errors import RunFailed, UserError
+from cluster.memory import available
 from cluster.ray_session import cores, job_metrics, metrics_settings, private_folder
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
@@ -40,14 +41,14 @@ _HEALTH = {
 def resources(environment: Mapping[str, str]) -> dict[str, int]:
     """What SLURM gave this job of the node: cores, cards (GPUs), memory and object store in bytes.
 
-    The host may have more: nothing is asked of it that SLURM answers.
+    The host may have more: nothing is asked of it that SLURM or a control group answers.
     """
     processors = cores()
     visible = [n for n in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if n.strip()]
     cards = int(environment.get("SLURM_GPUS_ON_NODE") or len(visible))
     mebibytes = int(environment.get("SLURM_MEM_PER_NODE") or 0)
     mebibytes = mebibytes or int(environment.get("SLURM_MEM_PER_CPU") or 0) * processors
-    memory = mebibytes << 20 or psutil.virtual_memory().total
+    memory = mebibytes << 20 or available()
     store = min(max(_STORE[0], int(_STORE_SHARE * memory)), _STORE[1])
     if Path("/dev/shm").is_dir():
         store = min(store, int(0.9 * shutil.disk_usage("/dev/shm").free))

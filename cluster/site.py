@@ -13,7 +13,7 @@ from cluster.files import write_text
 from cluster.slurm import gpus_of
 
 VERBS = ("featurize", "train", "ablate")
-_TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
+_TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
 
 
 class Site(Config):
@@ -68,10 +68,8 @@ class Site(Config):
     @classmethod
     def _options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
         for option in options:
-            if not option.startswith("-"):
-                raise ValueError(
-                    f"{option!r} does not begin with -; write --name=value as one word"
-                )
+            if not option.startswith("--"):
+                raise ValueError(f"{option!r}: write the long form, --name=value, as one word")
         return options
 
     @field_validator("container")

@@ -11,13 +11,14 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.attempt import is_running, jobs_folder, requeue, this_job
+from cluster.attempt import jobs_folder, requeue_if_running, this_job
 from cluster.errors import RunFailed, Stopped, UserError
 from cluster.provenance import provenance
 from cluster.site import Site, check_time, describe, write_setup
@@ -51,7 +52,8 @@ class Plan:
 
     def sbatch(self) -> list[str]:
         """The command, word by word."""
-        found = ["sbatch", "--parsable", f"--nodes={self.nodes}", f"--time={check_time(self.time)}"]
+        found = ["sbatch", "--parsable", "--export=ALL"]  # a site's custom may be NONE
+        found += [f"--nodes={self.nodes}", f"--time={check_time(self.time)}"]
         found += [*self.site.sbatch_options(self.verb), f"--output={_literally(self.log)}"]
         found += self._dependencies()
         return [*found, str(TEMPLATES / f"{self.verb}.sbatch"), *self.words]
@@ -96,6 +98,13 @@ class Plan:
         dataset, run, *rest = self.words
         seeds = range(count)
         return [(dataset, f"{run}/seed-{n}", *rest, "--seed", f"{n}", "--resume") for n in seeds]
+
+    def place_of(self, words: Sequence[str]) -> str:
+        """Where the work of an element is seen: of a part of a grid, its own folder."""
+        if self.verb != "ablate":
+            return words[1]
+        number, _, count = words[-1].partition("/")
+        return f"{words[1]}/parts/{number}-of-{count}"  # as ablation.parts has it
 
     def array_sbatch(self, count: int) -> list[str]:
         """What submitit tells sbatch of an array, in words for sbatch itself."""
@@ -149,7 +158,10 @@ class Plan:
             additional_parameters=options,
         )
         run = ["xtal"] if not self.site.container else [more["XTAL_CONTAINER"], "xtal"]
-        chunks = [Element(words[1], (*run, self.verb, *words)) for words in self.elements(count)]
+        chunks = [
+            Element(words[1], self.place_of(words), (*run, self.verb, *words))
+            for words in self.elements(count)
+        ]
         try:
             jobs = executor.map_array(run_element, chunks)
         except submitit.core.utils.FailedJobError as error:
@@ -187,9 +199,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """What one element of an array runs, and its result."""
+    """What one element of an array runs, and where its work is seen."""
 
     result: str
+    place: str
     words: tuple[str, ...]
 
 
@@ -198,11 +211,12 @@ class _Run:
 
     def __call__(self, element: Element) -> int:
         # Requeueing is submitit's part; an attempt's to wait for a full disk, and to end a loop.
-        words = [sys.executable, "-m", "cluster.attempt", "--no-requeue", element.result, "--"]
-        self._child = subprocess.Popen([*words, *element.words])
+        words = [sys.executable, "-m", "cluster.attempt", "--no-requeue", element.result]
+        self._child = subprocess.Popen([*words, element.place, "--", *element.words])
         code = self._child.wait()
-        if code == Stopped.exit_code and (job := this_job()) and is_running(job):
-            requeue(job)  # preempted by SIGTERM, to which submitit does not listen
+        # Preempted by SIGTERM, to which submitit does not listen, or killed.
+        if (code == Stopped.exit_code or code > 128) and (job := this_job()):
+            requeue_if_running(job, killed=code > 128)
         if code:
             raise RunFailed(f"{shlex.join(element.words)} ended with {code}", remedy="see above")
         return code

@@ -105,11 +105,11 @@ class Estimate:
     seconds: float  # of the job, as if its cores were like those here
 
     @classmethod
-    def of(cls, plan: Plan, elements: int = 1) -> "Estimate":
+    def of(cls, plan: Plan, elements: int | None = None) -> "Estimate":
         """From its --dry-run.
 
         Args:
-            elements: jobs of an array, among which a grid is divided; trainings are one each.
+            elements: jobs of an array, each of one node: parts of a grid, or a training each.
 
         Raises:
             RunFailed: it refuses.
@@ -122,9 +122,11 @@ class Estimate:
         content = json.loads(done.stdout)
         takes = content["seconds"]
         # A worker of a training has a node, and its threads all cores of it, as here.
-        share = plan.nodes * (1 if plan.verb == "train" else plan.site.cores_per_node)
-        share *= elements if plan.verb == "ablate" else 1
-        return cls(content, takes["alone"] + takes["shared"] / share)
+        nodes = plan.nodes if elements is None or plan.verb == "train" else elements
+        share = nodes * (1 if plan.verb == "train" else plan.site.cores_per_node)
+        return cls(
+            content, takes["alone"] + takes["shared"] / min(share, takes.get("shares", share))
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

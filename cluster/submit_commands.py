@@ -217,7 +217,7 @@ def _submit(context: typer.Context, verb: str, result: Path, words: Sequence[str
     if not as_json:
         out.print("\n".join(shown), soft_wrap=True, highlight=False)
     if asked.dry_run:
-        expected = Estimate.of(plan, array or 1) if asked.after is None else None
+        expected = Estimate.of(plan, array) if asked.after is None else None
         if as_json:
             show_json(_as_dict(plan, None) | (expected.as_dict() if expected else {}))
         elif expected:

@@ -13,17 +13,18 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, process
 
+from ablation.parts import Part
 from cluster import attempt
 from cluster.attempt import Attempt, jobs_folder, mark, note_attempt, trouble
 from cluster.errors import RunFailed
 from cluster.files import append_line, whole_lines
+from cluster.site import Site
+from cluster.submit import Plan
 
 
-def tried(
-    result: Path, script: str, *options: str, **variables: str
-) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "cluster.attempt", *options, result, "--"]
-    return process([*words, sys.executable, "-c", script], timeout=40, **variables)
+def tried(result: Path, script: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "-m", "cluster.attempt", result, "--", sys.executable, "-c", script]
+    return process(words, timeout=40, **variables)
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 7])
@@ -86,17 +87,27 @@ def test_an_attempt_without_progress_ends_before_its_command(tmp_path: Path) -> 
 
 
 def test_what_submitit_requeues_ends_without_progress_too(tmp_path: Path) -> None:
-    """Its elements are jobs of their own, of which one may get on and another not."""
-    element = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
-    script = "print('it ran'); raise SystemExit(75)"
-    done = [tried(tmp_path / "out", script, "--no-requeue", **element) for _ in range(3)]
+    """Parts of a grid share a result, but one may get on and another not."""
+    grid = tmp_path / "grid"
+    parts = [Part(n, 2).folder(grid) for n in (1, 2)]
+    plan = Plan("ablate", grid, ("grid.toml", str(grid)), Site(), nodes=1, time="1")
+    assert [plan.place_of(words) for words in plan.elements(2)] == [str(part) for part in parts]
+
+    def tried_part(part: Path, number: str, script: str) -> "subprocess.CompletedProcess[str]":
+        words = [sys.executable, "-m", "cluster.attempt", "--no-requeue", grid, part, "--"]
+        words += [sys.executable, "-c", f"{script}; print('it ran'); raise SystemExit(75)"]
+        element = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": number, "SLURM_JOB_ID": "8"}
+        return process(words, timeout=40, **element)
+
+    parts[0].mkdir(parents=True)
+    works = f"open({str(parts[0] / 'record.jsonl')!r}, 'a').write('1')"
+    done = []
+    for _ in range(3):
+        assert "it ran" in tried_part(parts[0], "1", works).stdout
+        done.append(tried_part(parts[1], "2", "pass"))
     assert [each.returncode for each in done] == [75, 75, 1]
     assert ["it ran" in each.stdout for each in done] == [True, True, False]
-    assert "job 7_1 made no progress" in done[-1].stderr
-    other = tried(
-        tmp_path / "out", script, "--no-requeue", **element | {"SLURM_ARRAY_TASK_ID": "2"}
-    )
-    assert "it ran" in other.stdout
+    assert "job 7_2 made no progress" in done[-1].stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

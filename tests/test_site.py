@@ -1,6 +1,8 @@
 """The site file, what sbatch is told, and what SLURM answers."""
 
+import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from cluster.slurm import Job, Kind, look, parse_kind, parse_sacct, parse_show_j
 from cluster.submit import Plan
 from cluster.submit_asked import Estimate
 
+# What a dry run of 24 trainings of an hour says.
+HOURS = {"expected": {}, "seconds": {"alone": 0.0, "shared": 24 * 3600.0, "shares": 24}}
 SITES = [ROOT / "slurm" / "site.toml.example", *sorted((ROOT / "slurm" / "profiles").glob("*"))]
 
 
@@ -49,7 +53,8 @@ def test_a_table_changes_one_verb(tmp_path: Path) -> None:
         ("train = 3", "write a table"),
         ("cores_per_node = 0", "cores_per_node = 0: must be ≥ 1"),
         ('mpi = "magic"', "mpi = 'magic'"),
-        ('options = ["exclusive"]', "does not begin with -"),
+        ('options = ["exclusive"]', "write the long form"),
+        ('options = ["-Cnvme"]', "write the long form"),
         ('setup = ["a\\nb"]', r"'a\\nb': line breaks"),
         ('account = "a\\n#SBATCH --x"', "line breaks and other control characters"),
         ('memory_per_node = "many"', "memory_per_node"),
@@ -256,7 +261,7 @@ def test_cpus_of_the_nodes_of_a_job() -> None:
 
 
 def test_an_estimate_is_compared_with_the_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a real one of a real source: on 4 cores a quarter of what one takes."""
     for cores in (1, 4):
@@ -268,6 +273,13 @@ def test_an_estimate_is_compared_with_the_time(
         assert found.seconds == pytest.approx(takes["alone"] + takes["shared"] / cores)
         assert found.content["expected"]["records"] == 560
     assert takes["shared"] > 0.1
+    # No more processes than trainings, and elements of an array have one node each.
+    (tmp_path / "xtal.py").write_text(f"print({json.dumps(json.dumps(HOURS))})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    grid = replace(plan, verb="ablate", nodes=4, site=Site(cores_per_node=64))
+    assert [Estimate.of(grid, n).seconds for n in (None, 2)] == [3600, 3600]
+    assert Estimate.of(replace(grid, site=Site(cores_per_node=2)), 4).seconds == 10800
     for seconds, times in ((0.9, None), (7.5, 7)):
         Estimate(found.content, seconds).show(plan)
         said = capsys.readouterr()
