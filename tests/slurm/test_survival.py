@@ -135,7 +135,7 @@ def test_a_grid_of_24_trials_survives_a_bad_night(
     slurm: Machines, place: Path, small: Path
 ) -> None:
     """Its time limit, a preemption, a requeue, then cancelled and submitted on more nodes."""
-    grid_file(place / "grid.toml", small, arms=SIX, seeds=4, epochs=12, width=32)
+    grid_file(place / "grid.toml", small, arms=SIX, seeds=4, epochs=36, width=32)
     out, log = place / "out", place / "log"
     record = out / "record.jsonl"
 
@@ -149,7 +149,7 @@ def test_a_grid_of_24_trials_survives_a_bad_night(
     def more(before: int) -> None:
         slurm.until(lambda: done() > before, f"more than {before} trials are done", 180)
 
-    job = submit("--nodes=2", "--time=1", "--signal=B:USR1@20")
+    job = submit("--nodes=2", "--time=1", "--signal=B:USR1@35")
     slurm.requeued(job)
     counts = [done()]
     slurm.run("scontrol", "update", f"jobid={job}", "timelimit=20")
