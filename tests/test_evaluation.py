@@ -660,7 +660,7 @@ def test_an_audit_of_a_split_whose_training_is_empty_finds_nothing():
 
 
 # NumPy drops a NUL at the end of a text; no formula has one.
-WRITTEN = st.text(st.characters(exclude_characters="\0"), max_size=3)
+WRITTEN = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=3)
 
 
 @settings(max_examples=50, deadline=None)
