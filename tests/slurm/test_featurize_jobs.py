@@ -89,6 +89,11 @@ def test_what_no_node_has_is_refused_before_the_queue(
     done = slurm.run(*words, "--dry-run", check=False)
     assert done.returncode == 1
     assert said in done.stderr
+    # Another partition than the default may be the site's choice: a warning, but for the time.
+    (place / "site.toml").write_text(site)
+    done = slurm.run(*words, "--dry-run", check=False)
+    assert done.returncode == (1 if "warning_seconds" in site else 0), done.stderr
+    assert said.replace("of batch", "of the default partition") in done.stderr
 
 
 def test_a_chain_is_whole_or_is_not_there(slurm: Machines, place: Path) -> None:
