@@ -1,20 +1,14 @@
 """The manual: it builds without a warning, all that it tells to do works, and pages fit."""
 
-import functools
-import http.server
-import json
-import os
 import re
 import shutil
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import nbformat
 import pytest
+from browser import needs_chromium, seen
 from manual import (
     CHANGES_THE_PROJECT,
     DOCS,
@@ -32,7 +26,6 @@ from PIL import ImageChops, ImageStat
 from tiny import ROOT, process
 from traitlets.config import Config
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MOST_NOT_RUN = 8  # those that need the network
 MOST_LINES = 30
 
@@ -117,84 +110,12 @@ def test_pages_ask_no_other_host_for_anything(site: Path) -> None:
         assert not re.search(r"(?:url\(|@import)\s*['\"]?https?:", path.read_text(encoding="utf-8"))
 
 
-# Shows each page in frames as wide as a phone and a desktop, and says how wide the page is in them.
-FRAMES = """<!doctype html><body><script>
-const wide = [];
-const asked = PAGES.flatMap((page) => [390, 1280].map((width) => [page, width]));
-const next = () => {
-  if (!asked.length) {
-    document.body.innerHTML = "<pre id=probe></pre>";
-    document.getElementById("probe").textContent = JSON.stringify(wide);
-    return;
-  }
-  const [page, width] = asked.shift();
-  const frame = document.createElement("iframe");
-  Object.assign(frame.style, { width: width + "px", height: "800px", border: 0 });
-  frame.onload = () => {
-    const inside = frame.contentWindow;
-    const root = inside.document.documentElement;
-    const images = [...inside.document.images].every((image) => image.naturalWidth > 0);
-    wide.push([page, width, inside.innerWidth, root.scrollWidth, root.clientWidth, images]);
-    frame.remove();
-    next();
-  };
-  frame.src = page;
-  document.body.append(frame);
-};
-next();
-</script>"""
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *words: object) -> None:
-        pass
-
-
-@pytest.fixture
-def address(site: Path, tmp_path: Path) -> Iterator[str]:
-    """The manual, and a page that measures it, on the loopback network."""
-    names = [f"{Path(page).stem}.html" for page in pages()]
+@needs_chromium
+def test_every_page_fits_a_phone_and_a_desktop(site: Path, tmp_path: Path) -> None:
     shutil.copytree(site, tmp_path / "site")
-    wide = "<div style='width: 1500px'>wide</div>"
-    (tmp_path / "site/too-wide.html").write_text(f"<!doctype html>{wide}")
-    text = FRAMES.replace("PAGES", json.dumps([*names, "too-wide.html"]))
-    (tmp_path / "site/frames.html").write_text(text)
-    handler = functools.partial(_Quiet, directory=str(tmp_path / "site"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_every_page_fits_a_phone_and_a_desktop(address: str, tmp_path: Path) -> None:
-    command = [
-        str(CHROMIUM),
-        "--headless",
-        *(["--no-sandbox"] if os.geteuid() == 0 else []),
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1400,900",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=60000",
-        "--dump-dom",
-        f"{address}/frames.html",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)
-    assert found is not None, done.stdout[-2000:] + done.stderr[-2000:]
-    measured = json.loads(found[1])
-    assert len(measured) == 2 * (len(pages()) + 1)
-    *ours, narrow, desktop = measured
-    assert [row for row in ours if max(row[3], row[4]) > row[2] or not row[5]] == []
-    assert {row[2] for row in ours} == {390, 1280}
-    assert narrow[3] > narrow[2]  # the measure sees a page that is too wide
-    assert desktop[3] > desktop[2]
+    rows, _ = seen(tmp_path / "site", [f"{Path(page).stem}.html" for page in pages()])
+    assert len(rows) == 2 * len(pages())
+    assert [row for row in rows if row["taken"] > row["width"] or not all(row["images"])] == []
 
 
 def test_pictures_are_what_the_pages_draw(reader: Reader) -> None:
