@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, version
 from pathlib import Path
 
@@ -112,6 +113,28 @@ def test_licences_are_those_of_the_installed_packages(name: str) -> None:
     except PackageNotFoundError:
         pytest.skip("not installed")
     assert rows()[name][0] == licence(name)
+
+
+COPYLEFT = re.compile(r"GPL|GNU|\bMPL|Mozilla|EUPL|European Union Public")
+
+
+def all_said_of_licence(name: str) -> str:
+    """Whatever the metadata of an installed package say of its licence, but for its text."""
+    found = metadata(name)
+    classes = [each for each in found.get_all("Classifier", []) if each.startswith("License")]
+    short = found["License"] if len(found["License"] or "") < 100 else None
+    return " ".join(filter(None, [found["License-Expression"], short, *classes]))
+
+
+def test_the_page_names_what_is_installed_under_a_copyleft() -> None:
+    text = DEPENDENCIES.read_text(encoding="utf-8").partition("\n## ")[0].rpartition("|\n")[2]
+    found = set()
+    for name in pinned(ROOT / "requirements.lock"):
+        with suppress(PackageNotFoundError):
+            if COPYLEFT.search(all_said_of_licence(name)):
+                found.add(name)
+    assert found >= {"gemmi", "certifi"}
+    assert found - set(re.findall(r"`([\w-]+)`", text)) == set()
 
 
 def test_the_lock_has_the_versions_of_the_constraints_each_with_its_hashes() -> None:
