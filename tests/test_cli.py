@@ -98,6 +98,18 @@ def test_help_is_there_and_fits(call, words):
         assert all(name in out for name in XTAL.commands)
 
 
+def test_no_option_has_a_twin_that_nobody_asked_for():
+    twins = [p.secondary_opts for c in COMMANDS.values() for p in c.params if p.secondary_opts]
+    assert twins == []
+
+
+def test_the_help_names_all_grids_that_are_built_in(call):
+    _, out, _ = call("ablate", "run", "--help")
+    names = {path.stem for path in Path(xtal.ablation.__file__).parent.glob("grids/*.toml")}
+    assert names >= {"quick", "paper", "full"}
+    assert names <= set(re.findall(r"\w+", out))
+
+
 def on_a_terminal(words, folder, **environment):
     """What `xtal WORDS` writes to a terminal of its own, and its exit code."""
     here, there = pty.openpty()
