@@ -1,5 +1,6 @@
 """The manual: it builds without a warning, all that it tells to do works, and pages fit."""
 
+import ast
 import re
 import shutil
 import sys
@@ -23,6 +24,7 @@ from manual import (
 )
 from nbclient import NotebookClient
 from PIL import ImageChops, ImageStat
+from test_architecture import ORDER
 from tiny import ROOT, process
 from traitlets.config import Config
 
@@ -131,6 +133,27 @@ def test_pictures_are_what_the_pages_draw(reader: Reader) -> None:
         picture(DOCS / "pictures" / f"{n}.png", 300) for n in ("cubic", "hexagonal")
     )
     assert max(ImageStat.Stat(ImageChops.difference(cubic, hexagonal)).mean) > 4
+
+
+def test_the_reference_has_what_the_notebook_and_the_examples_import() -> None:
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\.\. auto\w+:: (\S+)$", page, re.M))
+    notebook = nbformat.read(DOCS / "tour.ipynb", as_version=4)
+    texts = [block.text for block in blocks("api.md") if block.kind == "python"]
+    texts += [
+        re.sub(r"^%.*", "", cell.source, flags=re.M)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+    used = {
+        f"{node.module}.{name.name}"
+        for text in texts
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in ORDER
+        for name in node.names
+    }
+    assert len(used) > 10
+    assert used - listed == set()
 
 
 def layout(path: Path) -> dict[str, tuple[str, str, str]]:
