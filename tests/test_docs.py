@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import h5py
 import nbformat
 import pytest
+import typer
 from browser import needs_chromium, seen
 from manual import (
     CHANGES_THE_PROJECT,
@@ -28,8 +30,11 @@ from test_architecture import ORDER
 from tiny import ROOT, process
 from traitlets.config import Config
 
+import xtal
+
 MOST_NOT_RUN = 8  # those that need the network
 MOST_LINES = 30
+USAGE_ERROR = typer.BadParameter.__base__  # typer does not name it
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +72,40 @@ def test_few_blocks_are_not_run_and_each_says_why() -> None:
     command = r"^(\$ |\w+=\S* )*(xtal|python3?|pip|git|bash|mpiexec|srun|sbatch|import|from) "
     assert [block.where for block in plain if re.search(command, block.text, re.M)] == []
     assert re.search(command, "see\nSTAMP=1 python -m build\n", re.M)
+
+
+def calls(text: str) -> list[list[str]]:
+    """The words of each call of `xtal` in a block, or after a `&&`."""
+    lines = text.replace("\\\n", " ").replace("&&", "\n").splitlines()
+    ours = [line.strip() for line in lines if re.match(r"\s*(\S*/)?xtal\s", line)]
+    return [shlex.split(line, comments=True)[1:] for line in ours]
+
+
+def understood(words: list[str]) -> None:
+    """Let Click read the words of a call, and the verb of `xtal submit` those that are for it."""
+    command, rest = typer.main.get_command(xtal.app), list(words)
+    name = "xtal"
+    while hasattr(command, "commands"):
+        known = not rest or rest[0] in command.commands
+        name = rest.pop(0) if known else "run"  # of ablate
+        command = command.commands[name]
+    context = command.make_context(name, rest)
+    if words[0] == "submit" and context.args:
+        understood([name, "one", "other", *context.args])
+
+
+def test_calls_that_nothing_runs_have_verbs_and_options_that_are_there() -> None:
+    texts = [block.text for block in blocks("../README.md")]
+    left = [b for page in pages() for b in blocks(page) if b.why or page in ELSEWHERE]
+    texts += [block.text for block in left if block.kind == "sh"]
+    found = [words for text in texts for words in calls(text)]
+    assert len(found) > 25
+    assert {words[0] for words in found} >= {"demo", "featurize", "fetch", "submit", "ablate"}
+    for words in found:
+        understood(words)
+    for stale in ("train data run --epoch 3", "fetch gnome x", "submit train a b --site s --tsk x"):
+        with pytest.raises((USAGE_ERROR, KeyError)):
+            understood(stale.split())
 
 
 def test_changes_that_are_worked_examples_are_small() -> None:
