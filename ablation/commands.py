@@ -40,10 +40,12 @@ def _part(text: str) -> Any:
 def ablate(
     grid: Annotated[
         Path,
-        typer.Argument(metavar="GRID", help="A TOML file, or one that is built in: quick, paper."),
+        typer.Argument(
+            metavar="GRID", help="A TOML file, or one that is built in: quick, paper, full."
+        ),
     ],
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="Folder for the results.")
+        Path | None, typer.Argument(metavar="OUT", help="Folder for the results.")
     ] = None,
     dataset: Annotated[Path | None, typer.Option(help="Dataset instead of the grid's.")] = None,
     dry_run: Annotated[

@@ -35,6 +35,7 @@ ARMS: dict[str, Arm] = {"none": none} | {
     for value in vars(module).values()
     if isinstance(value, Arm)
 }
+"""All arms by name; `docs/perturbations.md` says what each does."""
 
 
 def describe(name: str) -> str:

@@ -44,7 +44,14 @@ def is_structure_file(name: str) -> bool:
     return os.path.splitext(plain)[1].lower() in _ENDINGS or plain.startswith("POSCAR")
 
 
-class StructureFile:
+class _OfFiles:
+    """A source whose records are files."""
+
+    def parse(self, record: Record) -> Crystal:
+        return parsed(record, lambda file: _crystal(file, record.id))
+
+
+class StructureFile(_OfFiles):
     """One CIF or POSCAR file: one crystal without labels."""
 
     def __init__(self, path: Path) -> None:
@@ -62,11 +69,8 @@ class StructureFile:
     def record(self, index: int) -> Record:
         return Record(index, _stem(self._path.name), _File(self._path, {}))
 
-    def parse(self, record: Record) -> Crystal:
-        return parsed(record, lambda file: _crystal(file, record.id))
 
-
-class StructureFolder:
+class StructureFolder(_OfFiles):
     """All CIF and POSCAR files directly in a folder, also compressed: `.gz`, `.zst`, `.zip`.
 
     With `id_prop.csv`, the records are its rows in their order (a row without a file is a
@@ -136,9 +140,6 @@ class StructureFolder:
         if "reason" in entry:
             return Record(index, entry["id"], Damage(entry["reason"]))
         return Record(index, entry["id"], _File(self.path / entry["file"], entry["labels"]))
-
-    def parse(self, record: Record) -> Crystal:
-        return parsed(record, lambda file: _crystal(file, record.id))
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         files, below = self._found

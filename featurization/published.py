@@ -98,12 +98,17 @@ def fetch(
         by_hand: the file, downloaded already.
 
     Raises:
-        UserError: `by_hand` is another file, or one of the name is there.
+        UserError: `by_hand` is another file or comes with `url`, or one of the name is there.
         RunFailed: the server fails, or what it gives is another file.
     """
     path = folder / archive.file
     if by_hand is not None and not by_hand.is_file():
         raise UserError(f"--from {by_hand}: no such file", remedy="give the path of the download")
+    if by_hand is not None and url is not None:
+        raise UserError(
+            f"--from {by_hand} with --url {url}: a file is taken from one place",
+            remedy="leave out --url to take the download, or --from to fetch",
+        )
     address = checked_url(url or archive.url, "--url")
     request = {"source": archive.source, "sha256": archive.sha256}
 

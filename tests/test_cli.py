@@ -3,10 +3,13 @@
 import gzip
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,17 +32,18 @@ from featurization.sources import open_source
 from training import train as training_run
 from training.dataset import load
 
-VERBS = (
-    "featurize",
-    "inspect",
-    "verify",
-    "train",
-    "evaluate",
-    "ablate",
-    "report",
-    "propensity",
-    "demo",
-)
+
+def commands(command, *names):
+    """("ablate", "run") → command, of all that are none but groups."""
+    for name, each in command.commands.items():
+        if hasattr(each, "commands"):
+            yield from commands(each, *names, name)
+        else:
+            yield (*names, name), each
+
+
+XTAL = typer.main.get_command(xtal.app)
+COMMANDS = dict(commands(XTAL))
 
 
 @pytest.fixture
@@ -84,15 +88,62 @@ def finished(dataset, tmp_path_factory):
 # --- help and bad requests -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [None, *VERBS])
-def test_help_is_there_and_fits(call, verb):
-    code, out, _ = call(*filter(None, [verb]), "--help")
+@pytest.mark.parametrize("words", [(), ("fetch",), ("ablate",), *COMMANDS], ids=" ".join)
+def test_help_is_there_and_fits(call, words):
+    code, out, _ = call(*words, "--help")
     assert code == 0
     assert "Usage" in out
-    assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 80
-    if verb is None:
-        assert all(name in out for name in VERBS)
+    if not words:
+        assert all(name in out for name in XTAL.commands)
+
+
+def test_no_option_has_a_twin_that_nobody_asked_for():
+    twins = [p.secondary_opts for c in COMMANDS.values() for p in c.params if p.secondary_opts]
+    assert twins == []
+
+
+def test_the_help_names_all_grids_that_are_built_in(call):
+    _, out, _ = call("ablate", "run", "--help")
+    names = {path.stem for path in Path(xtal.ablation.__file__).parent.glob("grids/*.toml")}
+    assert names >= {"quick", "paper", "full"}
+    assert names <= set(re.findall(r"\w+", out))
+
+
+def on_a_terminal(words, folder, **environment):
+    """What `xtal WORDS` writes to a terminal of its own, and its exit code."""
+    here, there = pty.openpty()
+    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "xtal", *words],
+        cwd=folder,
+        env=kept | {"TERM": "xterm-256color", "COLUMNS": "80"} | environment,
+        stdin=there,
+        stdout=there,
+        stderr=there,
+    ) as process:
+        os.close(there)
+        said = b""
+        with suppress(OSError):  # EIO: the other end is closed
+            while piece := os.read(here, 4096):
+                said += piece
+        os.close(here)
+    return said.decode(), process.returncode
+
+
+COLOUR = r"\x1b\[(?:[\d;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[\d;]*)?m"
+
+
+@pytest.mark.parametrize(("last", "code"), [("--help", 0), ("nowhere", 2)])
+def test_a_terminal_is_coloured_unless_no_colour_is_asked(last, code, tmp_path):
+    said, ended = on_a_terminal(["inspect", last], tmp_path)
+    assert ended == code
+    assert re.search(COLOUR, said)
+    plain, ended = on_a_terminal(["inspect", last], tmp_path, NO_COLOR="1")
+    assert ended == code
+    assert not re.search(COLOUR, plain)
+    styles = r"\x1b\[[\d;]*m"
+    assert re.sub(styles, "", plain) == re.sub(styles, "", said)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +205,6 @@ def test_a_bad_request_names_problem_and_remedy(call, words, problem, tmp_path, 
     assert problem in err
     assert "remedy: " in err
     assert "Traceback" not in err
-    assert "\x1b" not in err
     assert out == ""
     assert list(tmp_path.iterdir()) == []  # nothing was written
 
@@ -199,9 +249,9 @@ def test_evaluate_prints_the_metrics_again(finished, call):
     assert json.loads(out) | {"provenance": 0} == before | {"provenance": 0}
 
 
-def test_metrics_are_readable_at_80_columns_without_colour(finished, call):
+def test_metrics_are_readable_at_80_columns(finished, call):
     folder, done = finished
-    code, out, err = call("evaluate", folder)
+    code, out, _ = call("evaluate", folder)
     assert code == 0
     answer = json.loads(done.stdout)
     for name, interval in answer["metrics"].items():
@@ -211,7 +261,6 @@ def test_metrics_are_readable_at_80_columns_without_colour(finished, call):
         assert side in out
         assert all(name in out for name in counts)
     assert "…" not in out.replace(" … ", "")  # nothing is cut off
-    assert "\x1b" not in out + err
     assert max(len(line) for line in out.splitlines() if "written:" not in line) <= 80
 
 
@@ -554,19 +603,9 @@ def test_dry_run_warns_of_what_cannot_be_used(call, crystals):
 # --- for other programs --------------------------------------------------------------------------
 
 
-def commands(command, *names):
-    """("ablate", "run") → command, of all that are none but groups."""
-    for name, each in command.commands.items():
-        if hasattr(each, "commands"):
-            yield from commands(each, *names, name)
-        else:
-            yield (*names, name), each
-
-
 def test_each_command_can_answer_in_json():
-    found = dict(commands(typer.main.get_command(xtal.app)))
-    assert len(found) > 18
-    without = [n for n, c in found.items() if all("--json" not in p.opts for p in c.params)]
+    assert len(COMMANDS) > 18
+    without = [n for n, c in COMMANDS.items() if all("--json" not in p.opts for p in c.params)]
     assert without == []
 
 
@@ -598,7 +637,6 @@ def test_json_is_alone_on_stdout_and_text_fits_80_columns(
     code, text, err = call(*given)
     assert code == 0, err
     assert text
-    assert "\x1b" not in text + err
     assert max(map(len, (text + err).splitlines())) <= 80 or key == "done"
     for made in ("out", "run"):
         shutil.rmtree(tmp_path / made, ignore_errors=True)

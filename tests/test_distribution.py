@@ -1,5 +1,7 @@
 """What is installed and what is shipped: reasons, licences, exact versions, equal bytes."""
 
+import ast
+import functools
 import os
 import re
 import shutil
@@ -7,10 +9,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import PackageNotFoundError, metadata, version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, version
 from pathlib import Path
 
 import pytest
+from test_architecture import ORDER, imports
 from tiny import ROOT
 
 TEXT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -45,6 +49,9 @@ def pinned(path: Path) -> dict[str, str]:
 
 
 CONSTRAINTS = pinned(ROOT / "constraints.txt")
+HOLDERS = functools.cache(packages_distributions)  # module → distributions
+# A part of another distribution, which fixes its version.
+PARTS = {"pydantic-core": "pydantic"}
 
 
 def test_each_dependency_has_a_reason_and_an_exact_version() -> None:
@@ -52,6 +59,37 @@ def test_each_dependency_has_a_reason_and_an_exact_version() -> None:
     assert [name for name in direct() if name not in reasons(TEXT)] == []
     assert [name for name in direct() if name not in CONSTRAINTS] == []
     assert "numpy" not in reasons(TEXT.replace("# arrays", "arrays"))
+
+
+def undeclared(text: str, own: set[str]) -> set[str]:
+    """Modules of others that a module of this text imports and pyproject.toml does not name.
+
+    A benchmark may say itself what more it needs.
+    """
+    tree = ast.parse(text)
+    known = {*direct(), *re.findall(r"`pip install ([\w-]+)`", ast.get_docstring(tree) or "")}
+    tops = {name.partition(".")[0] for name in imports(tree)}
+    return {
+        top
+        for top in tops - own - sys.stdlib_module_names
+        if not known & {PARTS.get(name, name) for name in distributions(top)}
+    }
+
+
+def distributions(module: str) -> set[str]:
+    """That bring a module; one that is not installed is thought to be called as it is."""
+    found = HOLDERS().get(module, [module])
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in found}
+
+
+def test_what_is_imported_is_declared() -> None:
+    folders = (*ORDER[:-1], "tests", "benchmarks")
+    paths = [ROOT / "xtal.py", *(p for folder in folders for p in (ROOT / folder).rglob("*.py"))]
+    own = {*ORDER, "benchmarks", *(p.stem for p in paths if p.parts[-2] in ("tests", "slurm"))}
+    found = {str(p): undeclared(p.read_text(encoding="utf-8"), own) for p in paths}
+    assert {name: missing for name, missing in found.items() if missing} == {}
+    text = "import numpy.linalg\nfrom jupyter_client import manager\nimport nowhere, os, tiny\n"
+    assert undeclared(text, own) == {"jupyter_client", "nowhere"}
 
 
 def rows() -> dict[str, tuple[str, str]]:
@@ -75,6 +113,28 @@ def test_licences_are_those_of_the_installed_packages(name: str) -> None:
     except PackageNotFoundError:
         pytest.skip("not installed")
     assert rows()[name][0] == licence(name)
+
+
+COPYLEFT = re.compile(r"GPL|GNU|\bMPL|Mozilla|EUPL|European Union Public")
+
+
+def all_said_of_licence(name: str) -> str:
+    """Whatever the metadata of an installed package say of its licence, but for its text."""
+    found = metadata(name)
+    classes = [each for each in found.get_all("Classifier", []) if each.startswith("License")]
+    short = found["License"] if len(found["License"] or "") < 100 else None
+    return " ".join(filter(None, [found["License-Expression"], short, *classes]))
+
+
+def test_the_page_names_what_is_installed_under_a_copyleft() -> None:
+    text = DEPENDENCIES.read_text(encoding="utf-8").partition("\n## ")[0].rpartition("|\n")[2]
+    found = set()
+    for name in pinned(ROOT / "requirements.lock"):
+        with suppress(PackageNotFoundError):
+            if COPYLEFT.search(all_said_of_licence(name)):
+                found.add(name)
+    assert found >= {"gemmi", "certifi"}
+    assert found - set(re.findall(r"`([\w-]+)`", text)) == set()
 
 
 def test_the_lock_has_the_versions_of_the_constraints_each_with_its_hashes() -> None:

@@ -1,20 +1,17 @@
 """The manual: it builds without a warning, all that it tells to do works, and pages fit."""
 
-import functools
-import http.server
-import json
-import os
+import ast
 import re
+import shlex
 import shutil
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import nbformat
 import pytest
+import typer
+from browser import needs_chromium, seen
 from manual import (
     CHANGES_THE_PROJECT,
     DOCS,
@@ -29,12 +26,15 @@ from manual import (
 )
 from nbclient import NotebookClient
 from PIL import ImageChops, ImageStat
+from test_architecture import ORDER
 from tiny import ROOT, process
 from traitlets.config import Config
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+import xtal
+
 MOST_NOT_RUN = 8  # those that need the network
 MOST_LINES = 30
+USAGE_ERROR = typer.BadParameter.__base__  # typer does not name it
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +72,40 @@ def test_few_blocks_are_not_run_and_each_says_why() -> None:
     command = r"^(\$ |\w+=\S* )*(xtal|python3?|pip|git|bash|mpiexec|srun|sbatch|import|from) "
     assert [block.where for block in plain if re.search(command, block.text, re.M)] == []
     assert re.search(command, "see\nSTAMP=1 python -m build\n", re.M)
+
+
+def calls(text: str) -> list[list[str]]:
+    """The words of each call of `xtal` in a block, or after a `&&`."""
+    lines = text.replace("\\\n", " ").replace("&&", "\n").splitlines()
+    ours = [line.strip() for line in lines if re.match(r"\s*(\S*/)?xtal\s", line)]
+    return [shlex.split(line, comments=True)[1:] for line in ours]
+
+
+def understood(words: list[str]) -> None:
+    """Let Click read the words of a call, and the verb of `xtal submit` those that are for it."""
+    command, rest = typer.main.get_command(xtal.app), list(words)
+    name = "xtal"
+    while hasattr(command, "commands"):
+        known = not rest or rest[0] in command.commands
+        name = rest.pop(0) if known else "run"  # of ablate
+        command = command.commands[name]
+    context = command.make_context(name, rest)
+    if words[0] == "submit" and context.args:
+        understood([name, "one", "other", *context.args])
+
+
+def test_calls_that_nothing_runs_have_verbs_and_options_that_are_there() -> None:
+    texts = [block.text for block in blocks("../README.md")]
+    left = [b for page in pages() for b in blocks(page) if b.why or page in ELSEWHERE]
+    texts += [block.text for block in left if block.kind == "sh"]
+    found = [words for text in texts for words in calls(text)]
+    assert len(found) > 25
+    assert {words[0] for words in found} >= {"demo", "featurize", "fetch", "submit", "ablate"}
+    for words in found:
+        understood(words)
+    for stale in ("train data run --epoch 3", "fetch gnome x", "submit train a b --site s --tsk x"):
+        with pytest.raises((USAGE_ERROR, KeyError)):
+            understood(stale.split())
 
 
 def test_changes_that_are_worked_examples_are_small() -> None:
@@ -117,84 +151,12 @@ def test_pages_ask_no_other_host_for_anything(site: Path) -> None:
         assert not re.search(r"(?:url\(|@import)\s*['\"]?https?:", path.read_text(encoding="utf-8"))
 
 
-# Shows each page in frames as wide as a phone and a desktop, and says how wide the page is in them.
-FRAMES = """<!doctype html><body><script>
-const wide = [];
-const asked = PAGES.flatMap((page) => [390, 1280].map((width) => [page, width]));
-const next = () => {
-  if (!asked.length) {
-    document.body.innerHTML = "<pre id=probe></pre>";
-    document.getElementById("probe").textContent = JSON.stringify(wide);
-    return;
-  }
-  const [page, width] = asked.shift();
-  const frame = document.createElement("iframe");
-  Object.assign(frame.style, { width: width + "px", height: "800px", border: 0 });
-  frame.onload = () => {
-    const inside = frame.contentWindow;
-    const root = inside.document.documentElement;
-    const images = [...inside.document.images].every((image) => image.naturalWidth > 0);
-    wide.push([page, width, inside.innerWidth, root.scrollWidth, root.clientWidth, images]);
-    frame.remove();
-    next();
-  };
-  frame.src = page;
-  document.body.append(frame);
-};
-next();
-</script>"""
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *words: object) -> None:
-        pass
-
-
-@pytest.fixture
-def address(site: Path, tmp_path: Path) -> Iterator[str]:
-    """The manual, and a page that measures it, on the loopback network."""
-    names = [f"{Path(page).stem}.html" for page in pages()]
+@needs_chromium
+def test_every_page_fits_a_phone_and_a_desktop(site: Path, tmp_path: Path) -> None:
     shutil.copytree(site, tmp_path / "site")
-    wide = "<div style='width: 1500px'>wide</div>"
-    (tmp_path / "site/too-wide.html").write_text(f"<!doctype html>{wide}")
-    text = FRAMES.replace("PAGES", json.dumps([*names, "too-wide.html"]))
-    (tmp_path / "site/frames.html").write_text(text)
-    handler = functools.partial(_Quiet, directory=str(tmp_path / "site"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_every_page_fits_a_phone_and_a_desktop(address: str, tmp_path: Path) -> None:
-    command = [
-        str(CHROMIUM),
-        "--headless",
-        *(["--no-sandbox"] if os.geteuid() == 0 else []),
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1400,900",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=60000",
-        "--dump-dom",
-        f"{address}/frames.html",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)
-    assert found is not None, done.stdout[-2000:] + done.stderr[-2000:]
-    measured = json.loads(found[1])
-    assert len(measured) == 2 * (len(pages()) + 1)
-    *ours, narrow, desktop = measured
-    assert [row for row in ours if max(row[3], row[4]) > row[2] or not row[5]] == []
-    assert {row[2] for row in ours} == {390, 1280}
-    assert narrow[3] > narrow[2]  # the measure sees a page that is too wide
-    assert desktop[3] > desktop[2]
+    rows, _ = seen(tmp_path / "site", [f"{Path(page).stem}.html" for page in pages()])
+    assert len(rows) == 2 * len(pages())
+    assert [row for row in rows if row["taken"] > row["width"] or not all(row["images"])] == []
 
 
 def test_pictures_are_what_the_pages_draw(reader: Reader) -> None:
@@ -210,6 +172,27 @@ def test_pictures_are_what_the_pages_draw(reader: Reader) -> None:
         picture(DOCS / "pictures" / f"{n}.png", 300) for n in ("cubic", "hexagonal")
     )
     assert max(ImageStat.Stat(ImageChops.difference(cubic, hexagonal)).mean) > 4
+
+
+def test_the_reference_has_what_the_notebook_and_the_examples_import() -> None:
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\.\. auto\w+:: (\S+)$", page, re.M))
+    notebook = nbformat.read(DOCS / "tour.ipynb", as_version=4)
+    texts = [block.text for block in blocks("api.md") if block.kind == "python"]
+    texts += [
+        re.sub(r"^%.*", "", cell.source, flags=re.M)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+    used = {
+        f"{node.module}.{name.name}"
+        for text in texts
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in ORDER
+        for name in node.names
+    }
+    assert len(used) > 10
+    assert used - listed == set()
 
 
 def layout(path: Path) -> dict[str, tuple[str, str, str]]:

@@ -472,6 +472,17 @@ def test_an_archive_by_hand_is_checked(task, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, "fetch", "matbench", task, out, "--from", tmp_path / "no") == 2
 
 
+def test_a_download_and_a_mirror_are_not_taken_together(task, tmp_path, monkeypatch, capsys):
+    given, out = tmp_path / "download.gz", tmp_path / "out"
+    given.write_bytes(TABLE)
+    words = ("fetch", "matbench", task, out, "--from", given, "--url", "https://mirror.example/a")
+    assert command(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert "with --url https://mirror.example/a: a file is taken from one place" in said
+    assert "remedy: leave out --url" in said
+    assert not out.exists() or left(out) == []
+
+
 def test_published_checksums_are_checksums_of_https_files():
     for each in (*published.MATBENCH.values(), *published.JARVIS.values()):
         assert len(bytes.fromhex(each.sha256)) == 32

@@ -53,7 +53,7 @@ def train(
         ),
     ] = None,
     config: ConfigFile = None,
-    resume: Annotated[bool, typer.Option(help="Go on from RUN's checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from RUN's checkpoint.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time a few steps, say what all take, and stop.")
     ] = False,
@@ -114,7 +114,7 @@ def evaluate(
         Path | None, typer.Option(help="Another run, on the same test crystals, to compare with.")
     ] = None,
     leaks: Annotated[
-        bool, typer.Option(help="Count test crystals with a near-duplicate in training.")
+        bool, typer.Option("--leaks", help="Count test crystals with a near-duplicate in training.")
     ] = False,
     config: OptionsFile = None,
     as_json: AsJson = False,
