@@ -9,7 +9,7 @@ from tiny import document, write_lines
 
 pytestmark = pytest.mark.slurm
 # What is not run here: other tests install, start Ray's dashboard, and ask Prometheus.
-ELSEWHERE = ("git clone", "python3 -m venv", "source ", "xtal dashboard", "prometheus ")
+ELSEWHERE = ("python3 -m venv", "source ", "xtal dashboard", "prometheus ")
 # What is larger on a real cluster, and the look that would wait for the end of the work.
 SMALLER = {
     "--nodes 4": "--nodes 3",
