@@ -133,6 +133,9 @@ def test_a_blend_is_the_mean_of_its_kinds(dataset, tmp_path):
     predict(run, str(dataset), tmp_path / "table.csv")
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert all(row["prediction"] and row["lower"] <= row["upper"] for row in rows)
+    assert (
+        "mean of 4 models, half of them trees; `lower` and" in (run / "MODEL_CARD.md").read_text()
+    )
 
 
 def test_all_questions_are_those_of_the_labels_that_a_dataset_has(dataset, tmp_path):
