@@ -484,6 +484,9 @@ def test_the_card_tells_what_the_files_hold(trained):
     for metric in metrics["metrics"].values():
         assert f"{metric['value']:.3f}" in text
     assert "CC BY 4.0" in text
+    temperature = metrics["calibration"]["temperature"]
+    assert f"A temperature of {temperature:.3f}, fitted on validation" in text
+    assert "no prediction is scaled by it" in text
     assert "the mean of 2 models of different seeds; `lower` and `upper` are" in text
     assert metrics["class_counts"]
     assert all(f"\n| {side} |" in text for side in metrics["class_counts"])

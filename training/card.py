@@ -42,7 +42,7 @@ def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Markdown from the contents of config.json and metrics.json; what they hold is escaped."""
     training, featurization = recorded["training"], recorded.get("featurization", {})
     classes, counts = metrics["classes"], metrics["class_counts"]
-    made = recorded.get("provenance", {})
+    made, calibrated = recorded.get("provenance", {}), metrics["calibration"]
     fractions = training["validation_fraction"], training["test_fraction"]
     lines = [
         f"# {_plain(metrics['task'])}: {_plain(metrics['question'])}",
@@ -88,6 +88,11 @@ def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
             ["", *classes],
             [[name, *row] for name, row in zip(classes, metrics["confusion_matrix"], strict=True)],
         ),
+        "",
+        f"A temperature of {_number(calibrated['temperature'])}, fitted on validation, takes the "
+        f"expected calibration error from {_number(calibrated['ece'])} to "
+        f"{_number(calibrated['ece_at_temperature'])} on test. It is a diagnostic: no prediction "
+        "is scaled by it.",
         "",
         "## Settings",
         "",
