@@ -12,8 +12,8 @@ from cluster.errors import UserError
 from cluster.mpi import OneProcess
 from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize
-from training import checkpoint
-from training.config import TrainingConfig
+from training import checkpoint, domain
+from training.config import FEATURES, TrainingConfig
 from training.dataset import load
 from training.ensemble import fit_members, load_members, load_run
 from training.evaluate import evaluate_run
@@ -148,6 +148,30 @@ def test_a_boosted_run_is_whole_and_comes_back(dataset, tmp_path):
     assert train(dataset, run, config, resume=True)["metrics"] == answer["metrics"]
     recorded = json.loads((run / "config.json").read_text())
     assert recorded["featurization"]["selection"]
+
+
+@pytest.mark.parametrize("model", ["boosted", "harmonic"])
+@pytest.mark.parametrize("theirs", [None, FEATURES + 1])
+def test_a_model_of_other_features_is_refused(dataset, tmp_path, model, theirs):
+    config = tiny(model=model, trees=5, epochs=1)
+    run = tmp_path / "run"
+    train(dataset, run, config)
+    assert json.loads((run / "config.json").read_text())["identity"]["features"] == FEATURES
+    for path in run.rglob("*.safetensors"):
+        if path.name != domain.FILE:
+            tensors, state = checkpoint.read(path)
+            state["identity"]["features"] = theirs
+            checkpoint.save(path, tensors, state)
+    message = f"other features: version {theirs} there, {FEATURES} now"
+    with pytest.raises(UserError, match=message):
+        load_run(run)
+    if model == "harmonic":
+        with pytest.raises(UserError, match=message):
+            train(dataset, tmp_path / "new", tiny(model=model, init=str(run)))
+    with pytest.raises(
+        UserError, match=f"another training: features = {theirs} there, {FEATURES} now"
+    ):
+        train(dataset, run, config, resume=True)
 
 
 def test_members_differ_and_their_mean_answers(clouds, tmp_path):

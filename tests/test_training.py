@@ -25,7 +25,7 @@ from small import epochs_of, tiny
 
 from cluster.errors import Stopped, UserError
 from training import checkpoint, distributed, loop
-from training.config import NetworkName
+from training.config import FEATURES, NetworkName
 from training.distributed import fit_on_workers, whole_job
 from training.ensemble import load_members
 from training.evaluate import evaluate_run
@@ -38,7 +38,7 @@ from training.progress import Stopwatch, stopping
 from training.split import Parts
 from training.train import train
 
-IDENTITY = {"content_hash": "0" * 64}
+IDENTITY = {"content_hash": "0" * 64, "features": FEATURES}
 
 
 class Crash(Exception):

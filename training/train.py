@@ -12,7 +12,7 @@ from cluster.provenance import provenance
 from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
 from training import checkpoint, domain
-from training.config import TrainingConfig, recorded
+from training.config import FEATURES, TrainingConfig, recorded
 from training.dataset import open_clouds
 from training.distributed import fit_on_workers
 from training.ensemble import fit_members
@@ -44,7 +44,7 @@ def train(
         Stopped: by SIGTERM or SIGUSR1 between steps, which are saved.
     """
     manifest = read_manifest(dataset)
-    identity = {"content_hash": manifest["content_hash"]}
+    identity = {"content_hash": manifest["content_hash"], "features": FEATURES}
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file", remedy="give the path of a new folder")
     begun = (run / "config.json").exists()

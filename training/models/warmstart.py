@@ -43,7 +43,7 @@ def begin(network: nn.Module, config: TrainingConfig) -> None:
                 remedy=_REMEDY,
             )
     folder = run if theirs.members == 1 else run / "member-0"
-    tensors, _ = checkpoint.read(folder / "model.safetensors")
+    tensors, _ = checkpoint.read_model(folder / "model.safetensors")
     if theirs.questions != config.questions:
         assert isinstance(network.head, nn.Sequential)
         answering = f"head.{len(network.head) - 1}."
