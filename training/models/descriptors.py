@@ -29,7 +29,7 @@ def nothing(data: CloudSet) -> NDArray[np.float32]:
 
 
 def invariants(data: CloudSet) -> NDArray[np.float32]:
-    """(N, F) invariants for trees, in this order.
+    """(N, F) invariants for trees, in the precision of q and in this order.
 
     - Sums in 24 shells of |q| of presence, log(1 + I/unit), √I and I.
     - Radial Patterson function Σ I sinc(2|q|r) at distances r up to 10 Å, damped towards `Q_MAX`:
@@ -56,7 +56,7 @@ def _invariants(data: CloudSet) -> NDArray[np.float32]:
     columns = [halves[:, :, 0], *_distances(count, radial)]
     columns += [wilson.statistics(data, radial, np.linspace(0, Q_MAX, _BINS + 1))]
     columns += [_power(halves), *(_singular_values(halves, degree) for degree in (2, 4, 6))]
-    return np.concatenate(columns, axis=1).astype(np.float32)
+    return np.concatenate(columns, axis=1).astype(data.q_P3.numpy().dtype)
 
 
 def _profile(data: CloudSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
