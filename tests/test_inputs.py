@@ -19,10 +19,12 @@ from cluster.errors import UserError
 from featurization.config import FeaturizationConfig
 from training import dataset as module
 from training.dataset import CloudSet, MappedSet, in_memory, load, map_clouds, open_clouds
+from training.evaluate import evaluate_run
 from training.inputs import Rows, blocks, prepared
 from training.models.build import new_network
 from training.peers import Alone
 from training.split import Parts
+from training.timing import expect
 from training.train import train
 
 GIB = 2**30
@@ -176,6 +178,30 @@ def test_a_whole_run_from_mapped_files(
     monkeypatch.setattr(memory, "available", lambda: 0)
     mapped = train(dataset, tmp_path / "mapped", config)
     assert answer | {"provenance": 0} == mapped | {"provenance": 0}
+
+
+def test_a_forecast_and_an_audit_of_leaks_take_no_more_memory_than_a_training(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(model="boosted", trees=5)
+    train(dataset, tmp_path, config)
+    leaks = evaluate_run(tmp_path, leaks=True)["leakage"]
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    monkeypatch.setattr("training.inputs._BLOCK_POINTS", 1000)
+    monkeypatch.setattr(module, "in_memory", None)  # nobody asks for all clouds
+    taken = []
+    subset = MappedSet.subset
+
+    def watching(self: MappedSet, rows: np.ndarray) -> CloudSet:
+        taken.append(len(rows))
+        return subset(self, rows)
+
+    monkeypatch.setattr(MappedSet, "subset", watching)
+    assert evaluate_run(tmp_path, leaks=True)["leakage"] == leaks
+    assert max(taken) * 63 <= 1000
+    monkeypatch.setattr("training.timing._SAMPLE", 70)
+    expect(dataset, config)
+    assert max(taken) <= 70
 
 
 def test_a_dataset_is_opened_once(

@@ -92,6 +92,9 @@ def test_a_run_of_a_number(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == answer
     card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
     assert "mae" in card
+    assert "A regression of crystals" in card
+    assert "`value` is the median of probabilities of 24 bins" in card
+    assert "classifier" not in card
     rows = Predictor(tmp_path / "run")([str(tmp_path / "a.jsonl")])
     assert len(rows) == len(documents)
     for row, each in zip(rows, documents, strict=True):

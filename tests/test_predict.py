@@ -484,6 +484,10 @@ def test_the_card_tells_what_the_files_hold(trained):
     for metric in metrics["metrics"].values():
         assert f"{metric['value']:.3f}" in text
     assert "CC BY 4.0" in text
+    temperature = metrics["calibration"]["temperature"]
+    assert f"A temperature of {temperature:.3f}, fitted on validation" in text
+    assert "no prediction is scaled by it" in text
+    assert "the mean of 2 models of different seeds; `lower` and `upper` are" in text
     assert metrics["class_counts"]
     assert all(f"\n| {side} |" in text for side in metrics["class_counts"])
     assert "miller:2" in text
@@ -512,6 +516,19 @@ def test_the_card_is_escaped(trained):
     assert "\n# heading" not in text
     columns = {line.replace("\\|", "").count("|") for line in text.splitlines() if line[:1] == "|"}
     assert columns <= {3, 4}
+
+
+def test_the_card_tells_of_the_other_questions(trained):
+    recorded, metrics = (
+        json.loads((trained / n).read_text()) for n in ("config.json", "metrics.json")
+    )
+    names = ("structures", "metrics", "class_counts")
+    own = {name: metrics[name] for name in names} | {"question": "insulator (band gap > 0.001 eV)?"}
+    own["metrics"] = {"auroc": {"value": 0.8125, "low": 0.5, "high": 0.75}}
+    assert "It also answers" not in card.card(recorded, metrics)
+    text = card.card(recorded, metrics | {"also": {"band_gap": own}})
+    assert r"It also answers band\_gap: insulator \(band gap \> 0.001 eV\)? On" in text
+    assert "| 0.812 | 0.500 … 0.750 |" in text
 
 
 def test_a_run_without_results_has_no_card(tmp_path):

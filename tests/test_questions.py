@@ -1,10 +1,14 @@
 """Several questions at once, weights of another run, blends; and what a model must not be told."""
 
 import csv
+import hashlib
 import json
+import re
+import shutil
 from dataclasses import replace
 from typing import ClassVar
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -124,6 +128,44 @@ def test_a_run_begins_with_the_weights_of_another(clouds, labelled, tmp_path):
             begun(tiny(**(init | changes)))
 
 
+def test_a_formula_is_not_learned_before_it_is_tested(dataset, tmp_path):
+    """Groups of prototypes are formulas with a label, those of documents formulas alone."""
+
+    def featurized(name, pairs):
+        documents = [
+            document(f"{name}-{pair}-{a}", a, pair, bulk_modulus={"vrh": bulk})
+            for pair in pairs
+            for a, bulk in ((4.0, 60.0), (5.0, 110.0))
+        ]
+        run(write_lines(tmp_path / f"{name}.jsonl", documents), tmp_path / name)
+        return tmp_path / name
+
+    with h5py.File(dataset / "dataset.h5") as file:
+        formulas = set(file["formula"].asstr())
+    known = [re.fullmatch("([A-Z][a-z]?)([A-Z][a-z]?)", each) for each in sorted(formulas)]
+    same = featurized("same", [pair.groups() for pair in known if pair])
+    other = featurized("other", [(m, x) for m in ("Rb", "Cs", "K") for x in ("Cl", "Br", "I", "F")])
+    first = shutil.copytree(dataset, tmp_path / "first")
+    train(first, tmp_path / "run", tiny(epochs=1))
+
+    def begun(name):
+        return tiny(task="bulk_modulus", epochs=1, init=str(tmp_path / name))
+
+    with pytest.raises(UserError, match=r"saw \d+ formulas that are for validation or test here"):
+        train(same, tmp_path / "leaky", begun("run"))
+    assert not (tmp_path / "leaky").exists()
+    train(first, tmp_path / "itself", tiny(epochs=1, init=str(tmp_path / "run")))  # the same split
+    train(other, tmp_path / "new", begun("run"))
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    recorded = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert recorded["identity"]["init"] == hashlib.sha256(weights).hexdigest()
+    with pytest.raises(UserError, match=r"/run: its training saw \d+ formulas"):
+        train(same, tmp_path / "leaky", begun("new"))
+    (first / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is no finished dataset"):
+        train(other, tmp_path / "unknown", begun("run"))
+
+
 def test_a_blend_is_the_mean_of_its_kinds(dataset, tmp_path):
     run = tmp_path / "run"
     train(dataset, run, tiny(model="blend", trees=20, epochs=1, members=2))
@@ -133,6 +175,9 @@ def test_a_blend_is_the_mean_of_its_kinds(dataset, tmp_path):
     predict(run, str(dataset), tmp_path / "table.csv")
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert all(row["prediction"] and row["lower"] <= row["upper"] for row in rows)
+    assert (
+        "mean of 4 models, half of them trees; `lower` and" in (run / "MODEL_CARD.md").read_text()
+    )
 
 
 def test_all_questions_are_those_of_the_labels_that_a_dataset_has(dataset, tmp_path):

@@ -14,6 +14,7 @@ import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,17 +25,20 @@ from small import epochs_of, tiny
 
 from cluster.errors import Stopped, UserError
 from training import checkpoint, distributed, loop
+from training.config import FEATURES, NetworkName
 from training.distributed import fit_on_workers, whole_job
 from training.ensemble import load_members
 from training.evaluate import evaluate_run
+from training.inputs import prepared
 from training.loop import CHECKPOINT, MODEL, Alone, fit, learning_rate, predict
 from training.models.build import new_network
+from training.models.harmonic import Harmonic
 from training.models.pointnet import PointNet
 from training.progress import Stopwatch, stopping
 from training.split import Parts
 from training.train import train
 
-IDENTITY = {"content_hash": "0" * 64}
+IDENTITY = {"content_hash": "0" * 64, "features": FEATURES}
 
 
 class Crash(Exception):
@@ -57,7 +61,7 @@ def assert_same(one, other):
     (tensors, state), (other_tensors, other_state) = contents(one), contents(other)
     assert state == other_state
     assert tensors.keys() == other_tensors.keys()
-    for name in tensors.keys() - {"checkpoint.rng"}:  # of nothing but dropout, which there is not
+    for name in tensors.keys() - {"checkpoint.rng"}:  # which each step sets anew
         assert torch.equal(tensors[name], other_tensors[name]), name
 
 
@@ -410,16 +414,22 @@ class Share(Alone):
         self.sums.append([t.clone() for t in tensors])
 
 
+@pytest.mark.parametrize("name", get_args(NetworkName))
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_shares_of_a_batch_add_up_to_its_gradient(clouds, size):
-    parts = Parts.of(clouds, tiny())
+def test_shares_of_a_batch_add_up_to_its_gradient(clouds, tmp_path, size, name):
+    """With the masks of dropout, and for a worker that has no crystals."""
+    config = tiny(model=name)
+    parts = Parts.of(clouds, config)
     rows = parts.rows["train"][:4]  # fewer crystals than five workers
 
     def summed(peers):
-        model = new_network(tiny(), clouds, parts.rows["train"])
+        model = new_network(config, clouds, parts.rows["train"])
+        if isinstance(model, Harmonic):
+            torch.nn.init.normal_(model.learned[2].weight)  # which begins at zero
+        inputs = prepared(model, clouds, Alone(), tmp_path)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-        turns = torch.Generator().manual_seed(0)
-        loop._step(model, optimizer, clouds, parts, tiny(), rows, turns, peers, Stopwatch())
+        random = torch.Generator().manual_seed(0)
+        loop._step(model, optimizer, inputs, parts, config, rows, random, peers, Stopwatch())
         return peers.sums[0]
 
     alone = summed(Share(0, 1))

@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say: temperature scaling, and the table that shows it.
+"""Do probabilities mean what they say? Temperature scaling, a diagnostic, and the table for it.
 
 Shape legend: N crystals, C classes, B confidence bins.
 """

@@ -11,7 +11,9 @@ from typing import Any
 from cluster.errors import UserError
 from cluster.files import write_text
 from featurization.crystal import ATTRIBUTION
+from training.config import BLEND
 from training.metrics import METRICS
+from training.tasks import TASKS
 
 FILE = "MODEL_CARD.md"
 
@@ -39,14 +41,14 @@ def write_card(run: Path) -> str:
 def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Markdown from the contents of config.json and metrics.json; what they hold is escaped."""
     training, featurization = recorded["training"], recorded.get("featurization", {})
-    classes, members = metrics["classes"], training.get("members", 1)
-    counts = metrics["class_counts"]
-    made = recorded.get("provenance", {})
+    classes, counts = metrics["classes"], metrics["class_counts"]
+    made, calibrated = recorded.get("provenance", {}), metrics["calibration"]
     fractions = training["validation_fraction"], training["test_fraction"]
     lines = [
         f"# {_plain(metrics['task'])}: {_plain(metrics['question'])}",
         "",
-        f"A classifier of crystals, model {_plain(training['model'])}. It is given "
+        f"{'A regression' if _of_number(metrics['task']) else 'A classifier'} of crystals, "
+        f"model {_plain(training['model'])}. It is given "
         + (
             "the formula alone."
             if training["model"] == "composition_only"
@@ -55,16 +57,7 @@ def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
         "",
         "## What it answers",
         "",
-        f"{_plain(metrics['question'])} Classes: {', '.join(map(_plain, classes))}. "
-        + (
-            f"The probability is that of {_plain(classes[1])}."
-            if len(classes) == 2
-            else "There is a probability of each."
-        ),
-        f"It is the mean of {members} members trained from different seeds; their lowest and "
-        "highest are given, too."
-        if members > 1
-        else "It is one model, so that no interval comes with its probabilities.",
+        *_answers(training, metrics),
         "",
         "## Data",
         "",
@@ -85,21 +78,21 @@ def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
         f"## Results on {metrics['structures']:,} test crystals of {metrics['groups']:,} unseen "
         "groups",
         "",
-        *_table(
-            ["metric", "value", "95 % interval"],
-            [
-                [METRICS[n].title if n in METRICS else n, _number(m["value"]), _interval(m)]
-                for n, m in metrics["metrics"].items()
-            ],
-        ),
+        *_results(metrics["metrics"]),
         "",
+        *_also(metrics.get("also", {})),
         "Intervals are of a bootstrap that draws whole groups. Rows of the confusion matrix are "
-        "true classes, columns predicted ones:",
+        f"true {'bins' if _of_number(metrics['task']) else 'classes'}, columns predicted ones:",
         "",
         *_table(
             ["", *classes],
             [[name, *row] for name, row in zip(classes, metrics["confusion_matrix"], strict=True)],
         ),
+        "",
+        f"A temperature of {_number(calibrated['temperature'])}, fitted on validation, takes the "
+        f"expected calibration error from {_number(calibrated['ece'])} to "
+        f"{_number(calibrated['ece_at_temperature'])} on test. It is a diagnostic: no prediction "
+        "is scaled by it.",
         "",
         "## Settings",
         "",
@@ -139,6 +132,62 @@ def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Crystals are featurized with the settings above; a dataset of other settings is refused.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _answers(training: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
+    """What is answered, and what its interval is."""
+    models = training.get("members", 1) * (len(BLEND) if training["model"] == "blend" else 1)
+    classes = [_plain(name) for name in metrics["classes"]]
+    mean = f"It is the mean of {models} models"
+    if models > 1:
+        mean += ", half of them trees" if training["model"] == "blend" else " of different seeds"
+    if _of_number(metrics["task"]):
+        return [
+            f"{_plain(metrics['question'])} `value` is the median of probabilities of "
+            f"{len(classes)} bins, from {classes[0]} to {classes[-1]}; between `lower` and `upper` "
+            "nine in ten such crystals are expected.",
+            *[f"{mean}."] * (models > 1),
+        ]
+    return [
+        f"{_plain(metrics['question'])} Classes: {', '.join(classes)}. "
+        + (
+            f"The probability is that of {classes[1]}."
+            if len(classes) == 2
+            else "There is a probability of each."
+        ),
+        f"{mean}; `lower` and `upper` are the extremes of their probabilities."
+        if models > 1
+        else "It is one model, so that no interval comes with its probabilities.",
+    ]
+
+
+def _also(others: dict[str, dict[str, Any]]) -> list[str]:
+    """The results of the questions beside the first."""
+    return [
+        line
+        for task, own in others.items()
+        for line in (
+            f"It also answers {_plain(task)}: {_plain(own['question'])} On "
+            f"{own['structures']:,} test crystals:",
+            "",
+            *_results(own["metrics"]),
+            "",
+        )
+    ]
+
+
+def _results(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    return _table(
+        ["metric", "value", "95 % interval"],
+        [
+            [METRICS[n].title if n in METRICS else n, _number(m["value"]), _interval(m)]
+            for n, m in metrics.items()
+        ],
+    )
+
+
+def _of_number(task: str) -> bool:
+    return any(known.name == task and known.edges for known in TASKS.values())
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> list[str]:

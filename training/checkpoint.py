@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cluster.errors import UserError
 from cluster.files import replacing
+from training.config import FEATURES
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -42,6 +43,21 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint: {error}", remedy="train again") from None
+    return tensors, state
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same of a finished model, which must be of this version's features.
+
+    Raises:
+        UserError: as `read`, or a model of other features.
+    """
+    tensors, state = read(path)
+    if (theirs := state["identity"].get("features")) != FEATURES:
+        raise UserError(
+            f"{path} was trained on other features: version {theirs} there, {FEATURES} now",
+            remedy="train again, or use the version of xtal that trained it",
+        )
     return tensors, state
 
 

@@ -19,6 +19,9 @@ ModelName = NetworkName | BoostedName | Literal["blend"]
 # Unlike models, whose errors differ; each of a blend's `members` is one of each.
 BLEND: tuple[ModelName, ...] = ("boosted", "harmonic")
 
+# Version of what models see of clouds. Raise it whenever the same cloud is described by other
+# numbers: `invariants`, `coefficients`, the baselines' columns, what a network's `prepare` gives.
+FEATURES = 1
 
 # Settings that do not decide the trained model: how the work is shared, how often it is saved.
 NOT_DECIDING = {

@@ -18,7 +18,7 @@ from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.provenance import provenance
 from training import checkpoint
-from training.config import BLEND, BoostedName, ModelName, TrainingConfig, recorded
+from training.config import BLEND, FEATURES, BoostedName, ModelName, TrainingConfig, recorded
 from training.dataset import Clouds, CloudSet
 from training.inputs import blocks, prepared
 from training.loop import MODEL, device, fit, predict
@@ -128,6 +128,7 @@ def fit_members(
         UserError: as `training.loop.fit`.
     """
     peers = peers or Alone()
+    identity = identity | {"features": FEATURES}
     parts = Parts.of(data, config)
     known, passed = dict(seen or {}), 0
     for number, folder in enumerate(folders(run, config)):
@@ -162,7 +163,7 @@ def load_run(run: Path) -> tuple[Trained, dict[str, Any]]:
     """The models of a training run and the content of its config.json.
 
     Raises:
-        UserError: no training run, or one that has not finished.
+        UserError: no training run, or as `load_members`.
     """
     said = recorded(run)
     config = build_config(TrainingConfig, said["training"], where=str(run / "config.json"))
@@ -173,7 +174,7 @@ def load_members(run: Path, config: TrainingConfig) -> Trained:
     """The models in a run folder.
 
     Raises:
-        UserError: a member is missing.
+        UserError: a member is missing, or was trained on features of another version.
     """
     members, states = [], []
     for folder in folders(run, config):
@@ -182,7 +183,7 @@ def load_members(run: Path, config: TrainingConfig) -> Trained:
                 f"the training in {run} has not finished",
                 remedy="finish it with xtal train --resume",
             )
-        tensors, state = checkpoint.read(folder / MODEL)
+        tensors, state = checkpoint.read_model(folder / MODEL)
         members.append(_member(TrainingConfig(**state["config"]), tensors))
         states.append(state)
     return Trained(config, states, members)

@@ -20,7 +20,7 @@ from training.appraisal import appraise, compare, plain
 from training.breakdown import by_part
 from training.card import write_card
 from training.config import TrainingConfig
-from training.dataset import Clouds, in_memory, open_clouds
+from training.dataset import Clouds, open_clouds
 from training.ensemble import load_run
 from training.leakage import audit
 from training.metrics import confusion_matrix, evaluate
@@ -130,9 +130,7 @@ def _leakage(
     config: TrainingConfig,
 ) -> dict[str, Any]:
     """The audit's counts, and the metrics of test crystals with and without a near-duplicate."""
-    counts, table = audit(
-        in_memory(data), {side: rows.numpy() for side, rows in parts.rows.items()}
-    )
+    counts, table = audit(data, {side: rows.numpy() for side, rows in parts.rows.items()})
     with replacing(run / "leakage.parquet") as temporary:
         pq.write_table(table, temporary)
     test = table.filter(pc.equal(table["split"], "test"))

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
-from training.dataset import CloudSet
+from training.dataset import Clouds, CloudSet
+from training.inputs import blocks
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -32,7 +34,7 @@ DAMPING_SCALE_FREE = 1.1  # of |q| V^⅓
 # training crystal so near (sphere:1.2, splits of 10 %); 69 % of these pairs have one stoichiometry
 # (XY₂Z, …) and 84 % one crystal system; among the others are lithium oxides of one framework.
 TOLERANCE = 0.05
-_BLOCK = 2**25  # points, or pairs of crystals, at a time
+_BLOCK = 2**25  # pairs of crystals at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Nearest:
         return self.within_N > 0
 
 
-def audit(data: CloudSet, rows: Mapping[str, IntArray]) -> tuple[dict[str, Any], pa.Table]:
+def audit(data: Clouds, rows: Mapping[str, IntArray]) -> tuple[dict[str, Any], pa.Table]:
     """What the training split tells of the held-out ones: counts (plain JSON values), and a list.
 
     The list has a row for each crystal outside `train`: `id`, `group`, `split`, then twice, for the
@@ -96,7 +98,7 @@ def shared_groups(groups_N: Sequence[str], sides_N: Sequence[str]) -> list[str]:
     return [str(name) for name in names[sides > 1]]
 
 
-def radial_profiles(data: CloudSet, *, scale_free: bool = False) -> FloatArray:
+def radial_profiles(data: Clouds, *, scale_free: bool = False) -> FloatArray:
     """(N, D) fingerprints: square root of the intensity by ln |q|, peaks smeared by `WIDTH`.
 
     The axis spans the whole set: compare only profiles of one call. Intensities are damped by
@@ -107,40 +109,46 @@ def radial_profiles(data: CloudSet, *, scale_free: bool = False) -> FloatArray:
             that isostructural crystals are near whatever the size of their atoms, if the contrast
             of their elements is similar.
     """
-    starts = data.offsets.numpy()
     volume_N = np.abs(np.linalg.det(data.lattice_N33.numpy().astype(np.float64)))
     unit_N = np.cbrt(volume_N) if scale_free else np.ones(len(data))
     damping = DAMPING_SCALE_FREE if scale_free else DAMPING
-    length_P = np.linalg.norm(data.q_P3.numpy(), axis=1)
-    length_P = length_P * np.repeat(unit_N, np.diff(starts)).astype(np.float32)
-    away = length_P[length_P > 0]
-    if not len(away):
+    every = [rows.numpy() for rows in blocks(data, torch.arange(len(data)))]
+    least, largest = np.inf, 0.0
+    for rows in every:
+        length = _lengths(data.subset(rows), unit_N[rows])
+        least = min(least, float(length[length > 0].min(initial=np.inf)))
+        largest = max(largest, float(length.max(initial=0)))
+    if not largest:
         return np.zeros((len(data), 1), np.float32)
-    low = np.log(float(away.min())) - 4 * WIDTH  # room for the whole of the outermost peaks
-    bins = int((np.log(float(away.max())) + 4 * WIDTH - low) / _BIN) + 2
+    low = np.log(least) - 4 * WIDTH  # room for the whole of the outermost peaks
+    bins = int((np.log(largest) + 4 * WIDTH - low) / _BIN) + 2
     axis = np.arange(bins) * _BIN
     kernel = np.exp(-((axis[:, None] - axis) ** 2) / (2 * WIDTH**2)).astype(np.float32)
     profiles = np.zeros((len(data), bins), np.float32)
-    step = max(1, _BLOCK // max(1, int(np.diff(starts).max()), bins))
-    for first in range(0, len(data), step):
-        last = min(first + step, len(data))
-        part = slice(starts[first], starts[last])
-        length = length_P[part]
-        weight = data.intensity_P[part].numpy() * data.multiplicity_P[part].numpy()
+    for rows in every:
+        part = data.subset(rows)
+        length = _lengths(part, unit_N[rows])
+        weight = part.intensity_P.numpy() * part.multiplicity_P.numpy()
         weight = np.where(length > 0, weight * np.exp(-damping / 2 * length**2), 0.0)
         place = np.maximum(np.log(np.where(length > 0, length, 1.0)) - low, 0) / _BIN
         # Shared between the two next bins: a peak moves smoothly from one to the other.
         bin_, share = np.divmod(np.where(length > 0, place, 0.0), 1.0)
-        flat = np.repeat(np.arange(last - first), np.diff(starts[first : last + 1])) * bins
-        flat = flat + bin_.astype(np.int64)
-        size = (last - first) * bins
+        flat = part.crystal_P.numpy() * bins + bin_.astype(np.int64)
+        size = len(rows) * bins
         filled = np.bincount(flat, weight * (1 - share), size)
         filled += np.bincount(flat + 1, weight * share, size + 1)[:size]
-        profiles[first:last] = np.sqrt(filled.reshape(-1, bins).astype(np.float32) @ kernel)
+        profiles[rows] = np.sqrt(filled.reshape(-1, bins).astype(np.float32) @ kernel)
     if scale_free:
         norm = np.linalg.norm(profiles, axis=1, keepdims=True)
         profiles /= np.where(norm > 0, norm, 1.0)
     return profiles
+
+
+def _lengths(data: CloudSet, unit_N: NDArray[np.float64]) -> FloatArray:
+    """(P,) |q| in units of each crystal's own."""
+    length_P = np.linalg.norm(data.q_P3.numpy(), axis=1)
+    lengths: FloatArray = length_P * unit_N.astype(np.float32)[data.crystal_P.numpy()]
+    return lengths
 
 
 def nearest(

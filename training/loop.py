@@ -2,8 +2,7 @@
 
 Nothing random is carried from step to step: the order of an epoch is drawn from (seed, epoch), the
 rotations and the dropped channels of a step from (seed, epoch, step). A checkpoint therefore needs
-only the position, and several workers that share a batch draw the same rotations and keep their
-part.
+only the position, and several workers that share a batch draw the same numbers and keep their part.
 """
 
 import csv
@@ -28,7 +27,7 @@ from training.config import TrainingConfig
 from training.dataset import CloudBatch, Clouds
 from training.inputs import prepared
 from training.models.build import Inputs, Network, new_network
-from training.peers import Alone, Peers
+from training.peers import Alone, Dropout, Peers
 from training.progress import Progress, Stopwatch
 from training.rotations import posed_rotations
 from training.split import Parts
@@ -193,11 +192,14 @@ def _step(
 ) -> float:
     """One update; returns the loss summed over the crystals of the whole batch."""
     where = next(model.parameters()).device
-    torch.manual_seed(random.initial_seed())  # of dropout, on every device
+    torch.manual_seed(random.initial_seed())  # of dropout, the same for every worker
     model.train()
     optimizer.zero_grad(set_to_none=False)
     watch.start()
     mine = slice(peers.rank, None, peers.size)
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.batch, module.share = len(rows_B), mine
     batch = inputs.batch(rows_B[mine])
     if model.rotates:
         assert isinstance(batch, CloudBatch)

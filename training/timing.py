@@ -13,7 +13,7 @@ from cluster import memory
 from cluster.errors import UserError
 from cluster.terminal import duration
 from training.config import TrainingConfig
-from training.dataset import CloudSet, load
+from training.dataset import Clouds, open_clouds
 from training.ensemble import kinds, prepare
 from training.inputs import Rows
 from training.loop import fit
@@ -54,7 +54,7 @@ def expect(dataset: Path, config: TrainingConfig) -> Forecast:
         UserError: no dataset, no usable classes.
     """
     before = memory.resident()
-    data = load(dataset, config.radiation)
+    data = open_clouds(dataset, config.radiation)
     clouds = memory.resident() - before
     parts = Parts.of(data, config)
     timed = timed_training(data, config, parts)
@@ -73,13 +73,13 @@ def expect(dataset: Path, config: TrainingConfig) -> Forecast:
     )
 
 
-def timed_training(data: CloudSet, config: TrainingConfig, parts: Parts) -> Timed:
+def timed_training(data: Clouds, config: TrainingConfig, parts: Parts) -> Timed:
     """Time a few steps, or rounds of trees, of each kind of member and extrapolate."""
     each = [_time(data, config.model_copy(update={"model": k}), parts) for k in kinds(config)]
     return Timed(*(sum(getattr(one, name) for one in each) for name in Timed.__slots__))
 
 
-def _time(data: CloudSet, config: TrainingConfig, parts: Parts) -> Timed:
+def _time(data: Clouds, config: TrainingConfig, parts: Parts) -> Timed:
     some, own = _sample(data, config, parts)
     times = len(data) / len(some)
     start = time.perf_counter()
@@ -115,7 +115,7 @@ def _time(data: CloudSet, config: TrainingConfig, parts: Parts) -> Timed:
     return Timed(once, training, test + answer, size)
 
 
-def _sample(data: CloudSet, config: TrainingConfig, parts: Parts) -> tuple[CloudSet, Parts]:
+def _sample(data: Clouds, config: TrainingConfig, parts: Parts) -> tuple[Clouds, Parts]:
     """So few crystals that they are soon prepared, from all over the set; all, if classes miss."""
     rows = torch.cat(list(parts.rows.values())).sort().values.numpy()
     if len(rows) <= _SAMPLE:

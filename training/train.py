@@ -7,17 +7,18 @@ from typing import Any
 
 from cluster.config import build_config
 from cluster.errors import UserError
-from cluster.files import write_text
+from cluster.files import sha256_of, write_text
 from cluster.provenance import provenance
 from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
 from training import checkpoint, domain
-from training.config import TrainingConfig, recorded
+from training.config import FEATURES, TrainingConfig, recorded
 from training.dataset import open_clouds
 from training.distributed import fit_on_workers
 from training.ensemble import fit_members
 from training.evaluate import evaluate_run
 from training.features import differences
+from training.models import warmstart
 from training.predict import featurization_of
 from training.progress import Progress, stopping
 from training.split import Parts
@@ -40,11 +41,12 @@ def train(
     member's checkpoint, model and history are in `member-K/`.
 
     Raises:
-        UserError: no dataset, no usable classes, or `run` holds another training.
+        UserError: no dataset, no usable classes, `run` holds another training, or `config.init`
+            saw what is held out here.
         Stopped: by SIGTERM or SIGUSR1 between steps, which are saved.
     """
     manifest = read_manifest(dataset)
-    identity = {"content_hash": manifest["content_hash"]}
+    identity: dict[str, Any] = {"content_hash": manifest["content_hash"], "features": FEATURES}
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file", remedy="give the path of a new folder")
     begun = (run / "config.json").exists()
@@ -54,10 +56,13 @@ def train(
         )
     if run.exists() and any(run.iterdir()) and not begun:
         raise UserError(f"{run} is not empty and holds no training", remedy="give a new folder")
-    if config.init is not None:
-        _check_init(Path(config.init), manifest)
     data = open_clouds(dataset, config.radiation)
     parts = Parts.of(data, config)  # a question that cannot be asked leaves no folder behind
+    if config.init is not None:
+        init = Path(config.init)
+        _check_init(init, manifest)
+        warmstart.check_formulas(init, dataset, data, parts)
+        identity["init"] = sha256_of(warmstart.weights(init))
     if begun:
         there = recorded(run)
         earlier = build_config(TrainingConfig, there["training"], where=f"{run}/config.json")

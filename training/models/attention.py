@@ -20,6 +20,7 @@ from torch.nn.functional import linear, one_hot, scaled_dot_product_attention
 
 from training.dataset import CloudSet
 from training.models.spherical import DEGREES, harmonics
+from training.peers import Dropout
 
 POINTS = 48
 HEADS = 4
@@ -99,10 +100,10 @@ class Attention(nn.Module):
         self.layers = nn.ModuleList(Layer(width) for _ in range(LAYERS))
         self.head = nn.Sequential(
             nn.LayerNorm(3 * width),
-            nn.Dropout(0.2),
+            Dropout(0.2),
             nn.Linear(3 * width, width),
             nn.GELU(),
-            nn.Dropout(0.2),
+            Dropout(0.2),
             nn.Linear(width, classes),
         )
 
@@ -125,7 +126,7 @@ class Attention(nn.Module):
         present_BT = multiplicity_BT[..., 0] > 0
         radius_BT = q_BT3.norm(dim=2, keepdim=True)
         direction = (q_BT3 / radius_BT.clamp(min=1e-9)).reshape(-1, 3)
-        angular_BTM = harmonics(direction)[:, 1:].reshape(*q_BT3.shape[:2], -1)
+        angular_BTM = harmonics(direction)[:, 1:].unflatten(0, q_BT3.shape[:2])
         x_BTD = self.embed(self._features(radius_BT, intensity_BT, present_BT))
         # The origin's token is always there: a crystal without points has an answer, too.
         valid_BT = present_BT.clone()
@@ -162,7 +163,7 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
-        self.dropout = nn.Dropout(0.1)
+        self.dropout = Dropout(0.1)
         # One number a degree serves all its orders: this is what keeps the invariance.
         serves = [*range(self.plain)]
         for index, degree in enumerate(_ANGULAR):

@@ -18,6 +18,7 @@ _BINS = 240  # of the radial profile, 0.005 1/Å each: distances up to 10 Å nee
 _SMOOTH = 12  # bins; the width (1 σ) over which the mean intensity is taken for sharpening
 _DISTANCES = np.concatenate([np.arange(0.0, 1.5, 0.1), np.arange(1.5, 10.01, 0.15)])  # Å
 _FLOOR = 1e-5  # relative; below it a singular value is the rounding of float32
+_LEAST_POWER = 1e-7  # relative; rounding gives up to 1e-10 where symmetry allows none
 _TINY = 1e-12
 _BLOCK = 4096  # crystals described at a time, in about 0.3 GB
 
@@ -28,7 +29,7 @@ def nothing(data: CloudSet) -> NDArray[np.float32]:
 
 
 def invariants(data: CloudSet) -> NDArray[np.float32]:
-    """(N, F) invariants for trees, in this order.
+    """(N, F) invariants for trees, in the precision of q and in this order.
 
     - Sums in 24 shells of |q| of presence, log(1 + I/unit), √I and I.
     - Radial Patterson function Σ I sinc(2|q|r) at distances r up to 10 Å, damped towards `Q_MAX`:
@@ -55,7 +56,7 @@ def _invariants(data: CloudSet) -> NDArray[np.float32]:
     columns = [halves[:, :, 0], *_distances(count, radial)]
     columns += [wilson.statistics(data, radial, np.linspace(0, Q_MAX, _BINS + 1))]
     columns += [_power(halves), *(_singular_values(halves, degree) for degree in (2, 4, 6))]
-    return np.concatenate(columns, axis=1).astype(np.float32)
+    return np.concatenate(columns, axis=1).astype(data.q_P3.numpy().dtype)
 
 
 def _profile(data: CloudSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -102,9 +103,12 @@ def _power(halves: NDArray[np.float64]) -> NDArray[np.float64]:
     """(N, 3 × channels) Σ_m c² of degrees 2, 4, 6 over that of degree 0, channel by channel."""
     below = np.maximum(halves[:, :, 0] ** 2, _TINY)
     degrees = (2, 4, 6)
-    return np.concatenate(
+    power = np.concatenate(
         [(halves[:, :, SLICES[degree]] ** 2).sum(axis=2) / below for degree in degrees], axis=1
     )
+    # Else trees would cut between two roundings of zero.
+    floored: NDArray[np.float64] = np.maximum(power, _LEAST_POWER)
+    return floored
 
 
 def _singular_values(halves: NDArray[np.float64], degree: int) -> NDArray[np.float64]:

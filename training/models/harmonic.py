@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from training.dataset import CloudSet
 from training.models.descriptors import invariants
 from training.models.spherical import CHANNELS, COMPONENTS, DEGREES, SLICES, coefficients
+from training.peers import Dropout
 
 MIXINGS = 8
 _SAMPLE = 4096  # crystals whose statistics stand for the training set
@@ -84,7 +85,7 @@ class Harmonic(nn.Module):
         spectra = len(angular) * MIXINGS
         influence = nn.Linear(spectra, width, bias=False)
         nn.init.zeros_(influence.weight)
-        self.learned = nn.Sequential(nn.LayerNorm(spectra), nn.Dropout(0.5), influence)
+        self.learned = nn.Sequential(nn.LayerNorm(spectra), Dropout(0.5), influence)
         self.head = nn.Sequential(
             Residual(width),
             Residual(width),
@@ -155,7 +156,7 @@ class Residual(nn.Module):
             nn.Linear(width, width),
             nn.GELU(),
             nn.Linear(width, width),
-            nn.Dropout(0.1),
+            Dropout(0.1),
         )
 
     def forward(self, x_BC: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.dataset import CloudSet
+from training.peers import Dropout
 
 _BINS = 256
 _BLOCK = 4096  # crystals; the temporary arrays take tens of bytes a point
@@ -81,7 +82,7 @@ class PowderCNN(nn.Module):
             nn.Conv1d(channels, channels // 4, 1),
             nn.Flatten(),
             nn.LayerNorm(channels // 4 * (_BINS >> (1 + stages))),
-            nn.Dropout(0.3),
+            Dropout(0.3),
             nn.Linear(channels // 4 * (_BINS >> (1 + stages)), width),
             nn.GELU(),
             nn.Linear(width, classes),
