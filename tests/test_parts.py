@@ -176,7 +176,7 @@ def test_a_part_at_work_is_left_alone(grid, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_parts_run_side_by_side_one_is_killed_and_the_grid_is_whole(dataset, tmp_path):
-    training = TINY | {"epochs": 120}
+    training = TINY | {"epochs": 60}
     path = grid_file(tmp_path, dataset=str(dataset), training=training, processes=1)
     out = tmp_path / "out"
     planned = plan(read_grid(path), read_manifest(dataset)["content_hash"])
