@@ -44,14 +44,7 @@ def is_structure_file(name: str) -> bool:
     return os.path.splitext(plain)[1].lower() in _ENDINGS or plain.startswith("POSCAR")
 
 
-class _OfFiles:
-    """A source whose records are files."""
-
-    def parse(self, record: Record) -> Crystal:
-        return parsed(record, lambda file: _crystal(file, record.id))
-
-
-class StructureFile(_OfFiles):
+class StructureFile:
     """One CIF or POSCAR file: one crystal without labels."""
 
     def __init__(self, path: Path) -> None:
@@ -69,8 +62,11 @@ class StructureFile(_OfFiles):
     def record(self, index: int) -> Record:
         return Record(index, _stem(self._path.name), _File(self._path, {}))
 
+    def parse(self, record: Record) -> Crystal:
+        return _parse(record)
 
-class StructureFolder(_OfFiles):
+
+class StructureFolder:
     """All CIF and POSCAR files directly in a folder, also compressed: `.gz`, `.zst`, `.zip`.
 
     With `id_prop.csv`, the records are its rows in their order (a row without a file is a
@@ -140,6 +136,9 @@ class StructureFolder(_OfFiles):
         if "reason" in entry:
             return Record(index, entry["id"], Damage(entry["reason"]))
         return Record(index, entry["id"], _File(self.path / entry["file"], entry["labels"]))
+
+    def parse(self, record: Record) -> Crystal:
+        return _parse(record)
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         files, below = self._found
@@ -254,6 +253,10 @@ def _fingerprint(path: Path) -> str:
         return f"{status.st_size}\0{sha256_of(path)}" if S_ISREG(status.st_mode) else "no file"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+
+
+def _parse(record: Record) -> Crystal:
+    return parsed(record, lambda file: _crystal(file, record.id))
 
 
 def _crystal(file: _File, id: str) -> Crystal:
