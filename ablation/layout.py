@@ -31,6 +31,7 @@ from training.config import NOT_DECIDING
 from training.dataset import CloudSet
 from training.evaluate import prediction_table
 from training.metrics import METRICS
+from training.models.warmstart import check_formulas
 from training.split import Parts
 
 GRID = "grid.json"
@@ -42,10 +43,14 @@ def begin(out: Path, grid: GridConfig, manifest: dict[str, Any], data: CloudSet)
     """Write `grid.json` and the tables of test crystals, or see that those there are the same.
 
     Raises:
-        UserError: a question that cannot be asked, or `out` holds a grid of other data or settings.
+        UserError: a question that cannot be asked, a run to begin with that has learned what is
+            held out, or `out` holds a grid of other data or settings.
     """
     trainings = {task: _training(grid, task) for task in grid.all_tasks}
     parts = {task: Parts.of(data, training) for task, training in trainings.items()}
+    if (init := grid.training.init) is not None:
+        for own in parts.values():
+            check_formulas(Path(init), Path(grid.dataset), data, own)
     tasks = {}
     for name, training in trainings.items():
         task = training.question

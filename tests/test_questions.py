@@ -15,6 +15,8 @@ import torch
 from small import random_set, tiny
 from tiny import document, run, write_lines
 
+from ablation.grid import GridConfig
+from ablation.run import run_grid
 from cluster.errors import UserError
 from featurization.manifest import read_manifest
 from training import objective
@@ -154,6 +156,9 @@ def test_a_formula_is_not_learned_before_it_is_tested(dataset, tmp_path):
     with pytest.raises(UserError, match=r"saw \d+ formulas that are for validation or test here"):
         train(same, tmp_path / "leaky", begun("run"))
     assert not (tmp_path / "leaky").exists()
+    grid = GridConfig(dataset=str(same), arms=[{"name": "none"}], seeds=(0,), training=begun("run"))
+    with pytest.raises(UserError, match=r"saw \d+ formulas"):
+        run_grid(grid, tmp_path / "grid")
     train(first, tmp_path / "itself", tiny(epochs=1, init=str(tmp_path / "run")))  # the same split
     train(other, tmp_path / "new", begun("run"))
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
