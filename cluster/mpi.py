@@ -104,8 +104,9 @@ class MpiBoard:
     """The board of an MPI job: memory of rank 0 that the others reach without its help.
 
     Measured by benchmarks/claims.py: `Win.allocate` gives shared memory within a node, so that a
-    claim takes microseconds whatever rank 0 does. Between nodes without remote atomics it waits
-    until rank 0 is inside of MPI (`attend`), as it would for a server of messages.
+    claim takes microseconds whatever rank 0 does. Between nodes without remote atomics, and under
+    srun without shared memory (`_choose_network`), it waits until rank 0 is inside of MPI
+    (`attend`), as it would for a server of messages.
     """
 
     def __init__(self, mpi: Any, communicator: Any, width: int) -> None:
