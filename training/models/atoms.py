@@ -7,12 +7,15 @@ Shape legend, besides those of `training.dataset` and `training.models.refining`
 neighbours, K properties of an element.
 """
 
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import get_context
 from typing import Any
 
 import gemmi
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from training.dataset import CloudSet
@@ -32,6 +35,8 @@ _DIFFERENCES = (
 _NOTHING = 9.0  # Å, or sums of radii: farther than any neighbour
 _BINS, _KNOTS, _SOFT = 240, 25, 0.6  # of the radial profile, of Σf², 1/Å as in `wilson`
 _TINY = 1e-9
+_SHARE = 128  # crystals that are worth a process
+_FIRST_SIGN = np.array([1 << 20, 1 << 10, 1])  # of ±q that is taken whose first index is positive
 
 
 def description(data: CloudSet) -> NDArray[np.float32]:
@@ -40,29 +45,65 @@ def description(data: CloudSet) -> NDArray[np.float32]:
 
 
 def structures(data: CloudSet) -> list[Atoms | None]:
-    """The atoms of each crystal; None where its points do not say which they are."""
+    """The atoms of each crystal; None where its points do not say which they are.
+
+    As many processes as torch has threads share the work: each crystal is one of its own, and many
+    small Fourier transforms leave a thread waiting for the interpreter.
+    """
     _, radial = descriptors.profile(data)
-    lengths = np.linspace(0, Q_MAX, _KNOTS)
-    own_NQ = radial @ wilson.own_scattering(np.linspace(0, Q_MAX, _BINS + 1), lengths)
-    log_NQ = np.log(np.maximum(own_NQ, _TINY))
-    lattice_N33 = lattices(data)
-    offsets = data.offsets.numpy()
-    answer: list[Atoms | None] = []
-    for row in range(len(data)):
-        own = slice(offsets[row], offsets[row + 1])
-        if own.stop - own.start > MOST_POINTS or not np.isfinite(lattice_N33[row]).all():
-            answer.append(None)
-            continue
-        q_P3 = data.q_P3[own].double().numpy()
-        intensity_P = data.intensity_P[own].double().numpy()
-        edges = own_edges(lattice_N33[row], q_P3, intensity_P * data.multiplicity_P[own].numpy())
+    lengths_Q = np.linspace(0, Q_MAX, _KNOTS)
+    own_NQ = radial @ wilson.own_scattering(np.linspace(0, Q_MAX, _BINS + 1), lengths_Q)
+    solver = _Solver(data, lattices(data), lengths_Q, np.log(np.maximum(own_NQ, _TINY)))
+    processes = min(torch.get_num_threads(), len(data) // _SHARE)
+    if processes < 2:
+        return [*map(solver, range(len(data)))]
+    forked = get_context("fork")  # what the processes share is not sent to them
+    with ProcessPoolExecutor(processes, forked, _begin, (solver,)) as pool:
+        return [*pool.map(_solve, range(len(data)), chunksize=_SHARE // 8)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Solver:
+    """A row of a set → its atoms.
+
+    Args:
+        log_NQ: log of Σf²/V at some lengths, under the window of `wilson`.
+    """
+
+    data: CloudSet
+    lattice_N33: FloatArray
+    lengths_Q: FloatArray
+    log_NQ: FloatArray
+
+    def __call__(self, row: int) -> Atoms | None:
+        data, lattice = self.data, self.lattice_N33[row]
+        own = slice(int(data.offsets[row]), int(data.offsets[row + 1]))
+        if own.stop - own.start > MOST_POINTS or not np.isfinite(lattice).all():
+            return None
+        q_P3 = data.q_P3[own].numpy().astype(np.float64)
+        intensity_P = data.intensity_P[own].numpy().astype(np.float64)
+        edges = own_edges(lattice, q_P3, intensity_P * data.multiplicity_P[own].numpy())
         hkl_P3 = np.rint(q_P3 @ edges.T).astype(np.int64)
-        reflections = Reflections(edges, hkl_P3, np.sqrt(intensity_P))
-        log_P = np.interp(reflections.length_P, lengths, log_NQ[row])
-        # The curve is of intensities under a window.
-        own_P = np.exp(log_P + 0.5 * (reflections.length_P / _SOFT) ** 2)
-        answer.append(solved(reflections, own_P))
-    return answer
+        hkl_P3 *= np.where((hkl_P3 @ _FIRST_SIGN) < 0, -1, 1)[:, None]
+        order = np.lexsort(hkl_P3.T)
+        # The same edges and angles, whatever the orientation.
+        turned: FloatArray = np.linalg.cholesky(edges @ edges.T)
+        reflections = Reflections(turned, hkl_P3[order], np.sqrt(intensity_P[order]))
+        log_P = np.interp(reflections.length_P, self.lengths_Q, self.log_NQ[row])
+        return solved(reflections, np.exp(log_P + 0.5 * (reflections.length_P / _SOFT) ** 2))
+
+
+_solver: _Solver | None = None  # of a forked process
+
+
+def _begin(solver: _Solver) -> None:
+    global _solver
+    _solver = solver
+
+
+def _solve(row: int) -> Atoms | None:
+    assert _solver is not None
+    return _solver(row)
 
 
 def contents(found: list[Atoms | None]) -> NDArray[np.float32]:

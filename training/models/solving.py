@@ -93,9 +93,10 @@ def _flipped(
     random: np.random.Generator,
 ) -> _Phased:
     grid = reflections.grid
-    length_P = reflections.length_P
+    # A flipping that begins a little otherwise ends elsewhere: orientations must begin alike.
+    length_P = _coarse(reflections.length_P)
     window_P = np.exp(-0.5 * (length_P / _SHARP) ** 2)
-    square_P = reflections.amplitude_P**2 / np.maximum(own_P * reflections.volume, _TINY)
+    square_P = _coarse(reflections.amplitude_P**2 / np.maximum(own_P * reflections.volume, _TINY))
     inside_P = length_P > 0
     whole = reflections.on_grid(np.where(inside_P, np.sqrt(square_P) * window_P, 0.0))
     half = whole[:, :, : grid[2] // 2 + 1].astype(np.float32)
@@ -121,6 +122,13 @@ def _flipped(
     scale = (ours * theirs).sum(axis=1) / np.maximum((ours * ours).sum(axis=1), _TINY)
     misfit = np.abs(scale[:, None] * ours - theirs).sum(axis=1)
     return _Phased(factors, np.argsort(misfit, kind="stable"))
+
+
+def _coarse(values: FloatArray) -> FloatArray:
+    """To 10 bits, which differences of rounding seldom change."""
+    mantissa, exponent = np.frexp(values)
+    answer: FloatArray = np.ldexp(np.rint(mantissa * 1024) / 1024, exponent)
+    return answer
 
 
 def _shifts(reflections: Reflections, patterson: NDArray[np.float32]) -> list[Grid]:
