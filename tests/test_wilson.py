@@ -14,7 +14,7 @@ from featurization.featurize import featurize
 from featurization.sources import open_source
 from training.dataset import load
 from training.models import wilson
-from training.models.descriptors import Q_MAX, _profile
+from training.models.descriptors import Q_MAX, profile
 from training.models.indexing import volumes
 from training.rotations import random_rotations
 
@@ -31,7 +31,7 @@ def sphere(tmp_path_factory):
 
 
 def found(data):
-    return wilson.statistics(data, _profile(data)[1], GRID)
+    return wilson.statistics(data, profile(data)[1], GRID)
 
 
 def test_the_cell_is_found_from_the_points_alone(sphere):

@@ -33,7 +33,7 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help="pointnet, harmonic, attention, powder_cnn, boosted, blend; "
+            help="pointnet, harmonic, attention, powder_cnn, boosted, solved, blend; "
             "baselines: majority, lattice_only, powder, composition_only."
         ),
     ] = None,

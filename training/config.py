@@ -13,7 +13,7 @@ from featurization.config import RadiationName
 from training.tasks import Task, TaskName, task_of
 
 NetworkName = Literal["pointnet", "harmonic", "attention", "powder_cnn"]
-BoostedName = Literal["boosted", "lattice_only", "powder", "composition_only", "majority"]
+BoostedName = Literal["boosted", "solved", "lattice_only", "powder", "composition_only", "majority"]
 PoseName = Literal["random", "axis", "fixed"]
 ModelName = NetworkName | BoostedName | Literal["blend"]
 # Unlike models, whose errors differ; each of a blend's `members` is one of each.

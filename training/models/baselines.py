@@ -54,20 +54,21 @@ _NOBLE = (2, 10, 18, 36, 54, 86)
 
 def lattice(data: CloudSet) -> NDArray[np.float32]:
     """(N, 57) features of `lattice_columns`."""
-    return _table(lattice_columns(data))
+    return table(lattice_columns(data))
 
 
 def powder(data: CloudSet) -> NDArray[np.float32]:
     """(N, 200) features of `powder_columns`."""
-    return _table(powder_columns(data))
+    return table(powder_columns(data))
 
 
 def composition(data: CloudSet) -> NDArray[np.float32]:
     """(N, 155) features of `composition_columns`."""
-    return _table(composition_columns(data))
+    return table(composition_columns(data))
 
 
-def _table(columns: Columns) -> NDArray[np.float32]:
+def table(columns: Columns) -> NDArray[np.float32]:
+    """(N, F), one column after the other."""
     return np.concatenate(list(columns.values()), axis=1).astype(np.float32)
 
 
@@ -176,13 +177,18 @@ def composition_columns(data: CloudSet) -> Columns:
     Raises:
         UserError: a group is no formula, as when the source names its own groups.
     """
-    formulas, row_N = np.unique(data.groups, return_inverse=True)
+    return formula_columns(data.groups)
+
+
+def formula_columns(formula_N: NDArray[np.str_]) -> Columns:
+    """`composition_columns` of formulas from elsewhere."""
+    formulas, row_N = np.unique(formula_N, return_inverse=True)
     amounts = [_amounts(str(formula)) for formula in formulas]
     most = max(map(len, amounts), default=1)
     # Shape legend: U formulas, E elements of the longest, K properties.
     symbol_UE = np.zeros((len(amounts), most), dtype=np.int64)
     fraction_UE1 = np.zeros((len(amounts), most, 1))
-    names, values = _properties()
+    names, values = properties()
     for u, formula in enumerate(amounts):
         symbol_UE[u, : len(formula)] = [gemmi.Element(name).atomic_number - 1 for name in formula]
         fraction_UE1[u, : len(formula), 0] = list(formula.values())
@@ -237,7 +243,7 @@ def _amounts(formula: str) -> dict[str, float]:
 
 
 @cache
-def _properties() -> tuple[list[str], FloatArray]:
+def properties() -> tuple[list[str], FloatArray]:
     """Names and (elements, K) values, NaN where unknown; by atomic number − 1."""
     # Takes a second, and only this baseline needs it.
     from pymatgen.core.periodic_table import Element

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training.config import BoostedName, ModelName, NetworkName, TrainingConfig
 from training.dataset import CloudBatch, Clouds, CloudSet
-from training.models import baselines, descriptors, warmstart
+from training.models import atoms, baselines, descriptors, warmstart
 from training.models.attention import Attention
 from training.models.harmonic import Harmonic
 from training.models.pointnet import PointNet
@@ -32,6 +32,7 @@ _WIDTHS: dict[ModelName, int] = {"pointnet": 256, "harmonic": 256}
 # What a boosted model sees of each crystal, (N, F).
 DESCRIPTIONS: dict[BoostedName, Describe] = {
     "boosted": descriptors.invariants,
+    "solved": atoms.description,
     "lattice_only": baselines.lattice,
     "powder": baselines.powder,
     "composition_only": baselines.composition,

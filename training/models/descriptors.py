@@ -52,14 +52,14 @@ def invariants(data: CloudSet) -> NDArray[np.float32]:
 
 def _invariants(data: CloudSet) -> NDArray[np.float32]:
     halves = coefficients(data, Q_MAX, _UNIT).double().numpy()
-    count, radial = _profile(data)
+    count, radial = profile(data)
     columns = [halves[:, :, 0], *_distances(count, radial)]
     columns += [wilson.statistics(data, radial, np.linspace(0, Q_MAX, _BINS + 1))]
     columns += [_power(halves), *(_singular_values(halves, degree) for degree in (2, 4, 6))]
     return np.concatenate(columns, axis=1).astype(data.q_P3.numpy().dtype)
 
 
-def _profile(data: CloudSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def profile(data: CloudSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Number of points and their intensity by |q|, two (N, bins + 1), both Friedel mates.
 
     A point is shared by the two bins beside it, so that nothing jumps when |q| is rounded.

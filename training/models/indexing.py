@@ -18,13 +18,49 @@ _MOST = 64  # each refinement at least halves the cell
 
 def volumes(data: CloudSet) -> NDArray[np.float64]:
     """(N,) volume in Å³ of the cell whose reciprocal lattice the points span; NaN without one."""
-    return _volumes(data.q_P3.double().numpy(), data.offsets.numpy())
+    return _found(data.q_P3.double().numpy(), data.offsets.numpy())[0]
+
+
+def lattices(data: CloudSet) -> NDArray[np.float64]:
+    """(N, 3, 3) that cell, short edges as rows in Å, ascending; NaN without one."""
+    reciprocal_N33 = _found(data.q_P3.double().numpy(), data.offsets.numpy())[1]
+    answer = np.full(reciprocal_N33.shape, np.nan)
+    for row in np.flatnonzero(np.isfinite(reciprocal_N33).all(axis=(1, 2))):
+        answer[row] = _reduced(np.linalg.inv(reciprocal_N33[row]).T)
+    return answer
+
+
+def _reduced(edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same lattice by edges, none of which another, or two others together, can shorten."""
+    edges = edges.copy()
+    for _ in range(_MOST):
+        edges = edges[np.argsort((edges**2).sum(axis=1), kind="stable")]
+        changed = False
+        for i, j in ((1, 0), (2, 0), (2, 1)):
+            if times := np.rint(edges[i] @ edges[j] / (edges[j] @ edges[j])):
+                edges[i] -= times * edges[j]
+                changed = True
+        for one in (1, -1):
+            for other in (1, -1):
+                diagonal = edges[2] + one * edges[0] + other * edges[1]
+                if diagonal @ diagonal < edges[2] @ edges[2] - _LEAST:
+                    edges[2] = diagonal
+                    changed = True
+        if not changed:
+            break
+    return edges
 
 
 @compiled
-def _volumes(q_P3: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of each crystal: three short vectors, refined until all its points are whole combinations."""
+def _found(
+    q_P3: NDArray[np.float64], offsets: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each crystal: three short vectors, refined until all its points are whole combinations.
+
+    Volumes of the cells and (N, 3, 3) the vectors, 1/Å.
+    """
     answer = np.full(len(offsets) - 1, np.nan)
+    bases = np.full((len(offsets) - 1, 3, 3), np.nan)
     basis, inverse, cross = np.empty((3, 3)), np.empty((3, 3)), np.empty(3)
     part, rest = np.empty(3), np.empty(3)
     for row in range(len(answer)):
@@ -85,6 +121,7 @@ def _volumes(q_P3: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArray[n
                     break
             if strayed < 0:
                 answer[row] = 1 / abs(volume)
+                bases[row] = basis
                 break
             # What is left of the point beside the nearest node makes the cell smaller.
             for c in range(3):
@@ -92,4 +129,4 @@ def _volumes(q_P3: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArray[n
                 for k in range(3):
                     rest[c] += part[k] * basis[k, c]
             basis[strayed] = rest
-    return answer
+    return answer, bases

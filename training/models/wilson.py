@@ -43,7 +43,7 @@ def statistics(data: CloudSet, radial_NB: FloatArray, q_B: FloatArray) -> FloatA
         radial_NB: intensity, both Friedel mates, near each of the lengths `q_B` in 1/Å.
     """
     lengths_Q = np.linspace(0, q_B[-1], 25)
-    own_NQ = radial_NB @ _own(q_B, lengths_Q)
+    own_NQ = radial_NB @ own_scattering(q_B, lengths_Q)
     log_NQ = np.log(np.maximum(own_NQ, _TINY))
     present_P = (data.intensity_P > 0) * data.multiplicity_P
     points_N = np.bincount(data.crystal_P.numpy(), present_P.numpy(), len(data))
@@ -71,7 +71,7 @@ def statistics(data: CloudSet, radial_NB: FloatArray, q_B: FloatArray) -> FloatA
     return np.concatenate([*columns, distribution], axis=1)
 
 
-def _own(q_B: FloatArray, lengths_Q: FloatArray) -> FloatArray:
+def own_scattering(q_B: FloatArray, lengths_Q: FloatArray) -> FloatArray:
     """(B, Q) radial intensity → Σf²/V: to the Patterson function, cut off, and back."""
     step = 0.02
     r = np.arange(step / 2, _OUTSIDE, step)

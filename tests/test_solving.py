@@ -1,0 +1,120 @@
+"""Structures solved from points alone."""
+
+from dataclasses import replace
+
+import gemmi
+import numpy as np
+import pytest
+from small import random_set
+from test_boosted import turned
+
+from cluster.mpi import OneProcess
+from featurization.config import FeaturizationConfig
+from featurization.featurize import featurize
+from featurization.sources import open_source
+from training.dataset import load
+from training.models.atoms import contents, description, structures
+from training.models.descriptors import invariants
+from training.models.peaks import peaks_of
+from training.models.refining import Atoms
+
+SOURCE = "prototypes:60"
+
+
+@pytest.fixture(scope="module")
+def sphere(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("solving") / "sphere"
+    featurize(SOURCE, folder, FeaturizationConfig(selection="sphere:1.2"), OneProcess())
+    data = load(folder)
+    return data.subset(np.flatnonzero(data.offsets.diff().numpy() < 800)[:30])
+
+
+@pytest.fixture(scope="module")
+def found(sphere):
+    return structures(replace(sphere, hkl_P3=sphere.hkl_P3 * 0, lattice_N33=sphere.lattice_N33 * 0))
+
+
+@pytest.fixture(scope="module")
+def crystals(sphere):
+    """Oracle: the atoms that the clouds were computed of."""
+    source = open_source(SOURCE)
+    every = (source.parse(record) for record in source.records())
+    return {crystal.id: crystal for crystal in every if crystal.id in set(sphere.ids)}
+
+
+def shares(numbers):
+    kinds, counts = np.unique(numbers, return_counts=True)
+    return dict(zip(kinds.tolist(), (counts / counts.sum()).round(6).tolist(), strict=True))
+
+
+def nearest(lattice, places):
+    """Each atom's distance to the next, sorted."""
+    cells = np.stack(np.meshgrid(*[np.arange(-2, 3)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    apart = (places[None] - places[:, None])[:, :, None] + cells
+    length = np.linalg.norm(apart @ lattice, axis=3)
+    return np.sort(np.where(length < 0.1, np.inf, length).min(axis=(1, 2)))
+
+
+def test_elements_and_distances_are_those_of_the_crystal(sphere, found, crystals):
+    assert np.mean([atoms is not None for atoms in found]) > 0.8
+    right = []
+    for id, atoms in zip(sphere.ids, found, strict=True):
+        if atoms is None:
+            continue
+        crystal = crystals[id]
+        truth = [gemmi.Element(name).atomic_number for name in crystal.species]
+        same = shares(truth) == shares(atoms.number_A.astype(int))
+        if same:
+            theirs = nearest(crystal.lattice, crystal.positions)
+            ours = nearest(atoms.lattice, atoms.place_A3)
+            assert np.interp([0, 0.5, 1], np.linspace(0, 1, len(ours)), ours) == pytest.approx(
+                np.interp([0, 0.5, 1], np.linspace(0, 1, len(theirs)), theirs), abs=0.2
+            )
+        right.append(same)
+    assert np.mean(right) > 0.9
+
+
+def test_orientation_and_order_change_little(sphere, found):
+    one = contents(found)
+    for seed in (1, 2):
+        again = structures(turned(sphere, seed, reflected=seed == 2))
+        both = [a is not None and b is not None for a, b in zip(found, again, strict=True)]
+        assert np.mean(both) > 0.75
+        other = contents(again)
+        change = np.abs(one - other)[both] / (1e-3 + np.nanstd(one, axis=0))
+        assert np.median(np.nanmax(change, axis=1)) < 0.05
+
+
+def test_contents_do_not_change_with_orientation():
+    """Whatever solving does: of one structure, turned and moved, they are the same."""
+    random = np.random.default_rng(0)
+    lattice = 4 * np.eye(3) + random.normal(0, 0.4, (3, 3))
+    place, number = random.random((4, 3)), np.array([8.0, 8, 22, 38])
+    turn = np.linalg.qr(random.normal(size=(3, 3)))[0]
+    order = random.permutation(4)
+    pair = [
+        Atoms(lattice, place, number),
+        Atoms(lattice @ turn, (place[order] + random.random(3)) % 1, number[order]),
+    ]
+    one, other = contents(pair)
+    assert np.allclose(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert not np.allclose(one, contents([Atoms(lattice, place * 0.9, number)])[0], equal_nan=True)
+
+
+def test_what_explains_no_intensities_is_not_believed():
+    data = random_set(0, [0, 1, 5, 40, 60])
+    answer = description(data)
+    fixed = invariants(data)
+    assert structures(data)[:2] == [None, None]
+    assert np.array_equal(answer[:, : fixed.shape[1]], fixed)
+    assert np.isnan(contents([None])).all()
+    assert contents([]).shape == (0, contents([None]).shape[1])
+
+
+def test_peaks_are_found_between_the_points_of_a_map():
+    axis = np.arange(16) / 16
+    x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
+    wave = [np.cos(2 * np.pi * (a - b)) for a, b in ((x, 0.21), (y, 0.48), (z, 0.97))]
+    heights, places = peaks_of(np.exp(2 * sum(wave)), 5)
+    assert len(heights) == 1
+    assert places[0] % 1 == pytest.approx([0.21, 0.48, 0.97], abs=0.01)
