@@ -79,10 +79,12 @@ def test_orientation_and_order_change_little(sphere, found):
     for seed in (1, 2):
         again = structures(turned(sphere, seed, reflected=seed == 2))
         both = [a is not None and b is not None for a, b in zip(found, again, strict=True)]
-        assert np.mean(both) > 0.75
+        assert (
+            np.mean([(a is None) == (b is None) for a, b in zip(found, again, strict=True)]) > 0.95
+        )
         other = contents(again)
         change = np.abs(one - other)[both] / (1e-3 + np.nanstd(one, axis=0))
-        assert np.median(np.nanmax(change, axis=1)) < 0.05
+        assert np.mean(np.nanmax(change, axis=1) < 0.01) > 0.9
 
 
 def test_contents_do_not_change_with_orientation():
