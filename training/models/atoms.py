@@ -87,7 +87,7 @@ class _Solver:
         hkl_P3 *= np.where((hkl_P3 @ _FIRST_SIGN) < 0, -1, 1)[:, None]
         order = np.lexsort(hkl_P3.T)
         # The same edges and angles, whatever the orientation.
-        turned: FloatArray = np.linalg.cholesky(edges @ edges.T)
+        turned = np.asarray(np.linalg.cholesky(edges @ edges.T), dtype=np.float64)
         reflections = Reflections(turned, hkl_P3[order], np.sqrt(intensity_P[order]))
         log_P = np.interp(reflections.length_P, self.lengths_Q, self.log_NQ[row])
         return solved(reflections, np.exp(log_P + 0.5 * (reflections.length_P / _SOFT) ** 2))
