@@ -132,6 +132,7 @@ def submit(words: Sequence[str], environment: dict[str, str]) -> str:
 
     Raises:
         UserError: SLURM refuses it.
+        RunFailed: it does not answer.
     """
     try:
         done = subprocess.run(
@@ -146,9 +147,22 @@ def submit(words: Sequence[str], environment: dict[str, str]) -> str:
             "sbatch does not answer", remedy="see squeue whether the job is there; else try again"
         ) from None
     if done.returncode:
-        said = done.stderr.strip().removeprefix("sbatch: error: ")
+        said = re.sub("^(sbatch: error|allocation failure): ", "", done.stderr.strip(), flags=re.M)
         raise UserError(f"SLURM refuses the job: {said}", remedy="change the site file or the call")
-    return done.stdout.strip().partition(";")[0]
+    # With --test-only what there is to say stands on the other channel.
+    return done.stdout.strip().partition(";")[0] or done.stderr.strip()
+
+
+def start_of(words: Sequence[str], environment: dict[str, str]) -> str:
+    """When SLURM expects to start the job of an sbatch line, which is not submitted by this.
+
+    Raises:
+        UserError: SLURM would refuse it: account, quality of service, limits, licences, ….
+    """
+    found = re.search(
+        r"to start at (\S+)", submit([words[0], "--test-only", *words[1:]], environment)
+    )
+    return found[1] if found else ""
 
 
 def partition_limits(name: str | None) -> dict[str, str]:

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from cluster.errors import RunFailed, UserError
-from cluster.preflight import preflight, probe_node
+from cluster.preflight import Finding, preflight, probe_node
 from cluster.site import Site, check_time, read_site, write_setup
 from cluster.slurm import seconds_of
 from cluster.submit import Plan
-from cluster.terminal import complain, duration, err, summary
+from cluster.terminal import complain, duration, err, out, summary
 
 _UsageError: Any = typer.BadParameter.__base__  # typer does not name it
 
@@ -68,11 +68,23 @@ class Asked:
         found = list(preflight(plan.site, plan.verb, plan.jobs, plan.nodes, plan.time))
         if self.probe and not again and not any(each.fatal for each in found):
             found.append(probe_node(plan.site, plan.jobs, write_setup(plan.site, plan.jobs)))
+        if not any(each.fatal for each in found):
+            found.append(_asked_slurm(plan, self.array))
+            if self.dry_run and not self.as_json:
+                out.print(found[-1].said, soft_wrap=True, highlight=False)
         for each in found:
             if each.remedy:
                 complain("error" if each.fatal else "warning", f"{each.what}: {each.said}")
                 err.print(f"  remedy: {each.remedy}", soft_wrap=True)
         return not any(each.fatal for each in found)
+
+
+def _asked_slurm(plan: Plan, array: int | None) -> Finding:
+    try:
+        start = plan.start(array)
+    except UserError as error:
+        return Finding("sbatch", error.problem, error.remedy, True)
+    return Finding("sbatch", f"{plan.verb}: SLURM would start it at {start or 'an unknown time'}")
 
 
 def workers(words: Sequence[str]) -> list[str]:
