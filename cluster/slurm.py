@@ -121,6 +121,19 @@ def _pairs(line: str) -> dict[str, str]:
     return {str(name): str(value) for name, value in re.findall(r"(\w+)=(\S*)", line)}
 
 
+def first_node_lost(id: str) -> str:
+    """The node that had the batch step of a job, if SLURM has taken it out of the job; else empty.
+
+    Raises:
+        RunFailed: the controller does not answer.
+    """
+    row = _pairs(ask(["scontrol", "show", "job", id, "--oneliner"]).partition(" Command=")[0])
+    first, nodes = row.get("BatchHost", ""), row.get("NodeList", "")
+    if row.get("JobState") != "RUNNING" or not first:
+        return ""
+    return "" if first in ask(["scontrol", "show", "hostnames", nodes]).split() else first
+
+
 def cancel(ids: Sequence[str]) -> None:
     """End jobs; those that have ended are left alone."""
     if ids:
