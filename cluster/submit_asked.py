@@ -115,6 +115,7 @@ class Estimate:
 
     content: dict[str, Any]
     seconds: float  # of the job, as if its cores were like those here
+    memory: int  # bytes of the processes that a node has
 
     @classmethod
     def of(cls, plan: Plan, elements: int | None = None) -> "Estimate":
@@ -136,21 +137,32 @@ class Estimate:
         # A worker of a training has a node, and its threads all cores of it, as here.
         nodes = plan.nodes if elements is None or plan.verb == "train" else elements
         share = nodes * (1 if plan.verb == "train" else plan.site.cores_per_node)
-        return cls(
-            content, takes["alone"] + takes["shared"] / min(share, takes.get("shares", share))
-        )
+        most = takes.get("shares", share)
+        seconds = takes["alone"] + takes["shared"] / min(share, most)
+        each = max(1, plan.site.gpus) if plan.verb == "train" else plan.site.cores_per_node
+        return cls(content, seconds, min(each, most) * content["memory"])
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"expected": self.content, "job_seconds": self.seconds}
+        return {
+            "expected": self.content,
+            "job_seconds": self.seconds,
+            "node_memory": self.memory,
+        }
 
     def show(self, plan: Plan) -> None:
         """Print it, and whether the time limit is enough."""
         rows = dict(self.content["expected"])
-        rows["this job"] = f"about {duration(self.seconds)}, --time is {plan.time}"
+        needs = f"{self.memory / 2**30:.1f} GiB a node"
+        rows["this job"] = f"about {duration(self.seconds)}, --time is {plan.time}; {needs}"
         summary("what to expect; nothing was submitted", rows)
         for each in self.content.get("warnings", ()):
             complain("warning", each)
+        if 0 < plan.site.memory << 20 < self.memory:
+            said = (
+                f"memory_per_node = {plan.site.memory_per_node} is less than the {needs} it takes"
+            )
+            complain("warning", f"{said}: raise it, or lower cores_per_node, in the site file")
         limit = max(1.0, seconds_of(plan.time) - plan.site.warning_seconds)
         if (again := int(self.seconds // limit)) > 0:
             said = f"--time {plan.time} is not enough: the job is requeued about {again} times"
