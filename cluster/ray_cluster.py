@@ -68,7 +68,7 @@ class _Node:
         words = [*_SRUN, f"--nodelist={name}", f"--cpus-per-task={cpus}"]
         container = os.environ.get("XTAL_CONTAINER")
         words += [container, "python"] if container else [sys.executable]
-        words += ["-m", "cluster.ray_node", *arguments]
+        words += ["-m", "cluster.ray_node", f"--cores={cpus}", *arguments]
         environment = {k: v for k, v in os.environ.items() if k != "SLURM_CPU_BIND"}
         with log.open("ab") as stream:
             self._process = subprocess.Popen(

@@ -202,7 +202,7 @@ def node_kinds(partition: str | None) -> list[Kind]:
     """What the nodes of a partition have, whatever their state."""
     if partition is None:
         return []
-    rows = ask(["sinfo", "-h", "-p", partition, "-o", "%D %c %m %G %f"]).splitlines()
+    rows = ask(["sinfo", "-h", "-e", "-p", partition, "-o", "%D %c %m %G %f"]).splitlines()
     return [parse_kind(row) for row in rows if row.strip()]
 
 

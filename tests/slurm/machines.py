@@ -82,6 +82,7 @@ AccountingStorageHost=login
 AccountingStoragePass={folder}/run/munge.socket
 AccountingStorageEnforce=associations,limits"""
 
+_GPUS = "Name=gpu File=/dev/tty[1-2] Flags=nvidia_gpu_env"
 _DBD = """
 AuthType=auth/munge
 AuthInfo=socket={folder}/run/munge.socket
@@ -109,10 +110,14 @@ def obstacle() -> str | None:
 
 
 class Machines:
-    """The cluster; `close` ends everything that it started."""
+    """The cluster; `close` ends everything that it started.
+
+    Args:
+        richer: with slurmdbd, GPUs that are device files alone, and one core on the first node.
+    """
 
     def __init__(
-        self, nodes: int = 3, cpus: int = 2, memory: int = 8000, *, accounting: bool = False
+        self, nodes: int = 3, cpus: int = 2, memory: int = 8000, *, richer: bool = False
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="xtal-slurm-", dir="/var/tmp"))
         self.shared = self.folder / "shared"
@@ -129,12 +134,18 @@ class Machines:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         conf = _CONF.format(folder=self.folder, nodes=nodes, cpus=cpus, memory=memory)
-        if accounting:
+        if richer:
             conf = re.sub("AccountingStorageType=.*", _ACCOUNTED.format(folder=self.folder), conf)
             conf = conf.replace("MinJobAge=300", "MinJobAge=10")
+            gpus = f"RealMemory={memory} Gres=gpu:2 State=UNKNOWN"
+            first = f"GresTypes=gpu\nNodeName=node1 CPUs=1 {gpus}\n"
+            conf = re.sub(
+                "NodeName=.*", f"{first}NodeName=node[2-{nodes}] CPUs={cpus} {gpus}", conf
+            )
+            (self.folder / "gres.conf").write_text(f"NodeName=node[1-{nodes}] {_GPUS}\n")
         (self.folder / "slurm.conf").write_text(conf)
         try:
-            self._start_login(accounting)
+            self._start_login(richer)
             for name in self.nodes:
                 self.start(name)
             self.until(lambda: len(self.idle()) == nodes, "all nodes are idle")

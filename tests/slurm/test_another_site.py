@@ -1,4 +1,4 @@
-"""What jobs were, told by a real slurmdbd after the controller has forgotten them."""
+"""A site with accounting, GPUs, and nodes that are not alike."""
 
 import json
 import shutil
@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machines import Machines, obstacle
+from machines import ROOT, Machines, obstacle
 
 pytestmark = pytest.mark.slurm
 
-_SITE = 'account = "physics"\ncores_per_node = 2\nwarning_seconds = 30\n'
+_SITE = 'account = "physics"\ncores_per_node = 1\nwarning_seconds = 30\n'
 
 
 @pytest.fixture(scope="module")
 def accounted() -> Iterator[Machines]:
-    """One node whose jobs are kept in a database, and forgotten by the controller after 10 s."""
+    """Two nodes whose jobs are in a database, and forgotten by the controller after 10 s."""
     missing = [name for name in ("slurmdbd", "mariadbd") if shutil.which(name) is None]
     reason = (
         obstacle() or f"{', '.join(missing)} not installed (apt install slurmdbd mariadb-server)"
     )
     if obstacle() or missing:
         pytest.skip(reason)
-    machines = Machines(nodes=1, accounting=True)
+    machines = Machines(nodes=2, richer=True)
     (machines.shared / "site.toml").write_text(_SITE)
     yield machines
     machines.close()
@@ -70,3 +70,27 @@ def test_an_account_that_there_is_not_is_found_before(accounted: Machines) -> No
     done = xtal(accounted, *words, "--dry-run", check=False)
     assert done.returncode == 1
     assert "Invalid account or account/partition combination" in done.stderr
+
+
+def test_more_gpus_than_cores_on_nodes_that_differ(accounted: Machines) -> None:
+    """One core and two, two GPUs each: as many workers as find both; no core is forgotten."""
+    site, data = accounted.shared / "gpus.toml", accounted.shared / "data"
+    run, log = accounted.shared / "run", accounted.shared / "log"
+    accounted.on("node2", ["xtal", "featurize", "prototypes:140", data, "--selection", "miller:1"])
+    words = ["submit", "train", data, run, "--site", site, "--task", "crystal_system"]
+    for cores, gpus, nodes, said in (
+        (2, 2, 2, "1 of the nodes of batch have cores_per_node = 2; the most is 2"),
+        (1, 4, 1, "0 of the nodes of batch have gpus_per_node = 4; the most is 2"),
+        (2, 2, 1, ""),
+    ):
+        lines = f"cores_per_node = {cores}\ngpus_per_node = {gpus}\nwarning_seconds = 30\n"
+        site.write_text(f'account = "physics"\npartition = "batch"\n{lines}')
+        done = xtal(accounted, *words, "--nodes", str(nodes), "--dry-run", check=False)
+        assert done.returncode == (1 if said else 0), done.stderr
+        assert said in done.stderr
+    whole = ["--nodes=2", "--exclusive", "--gpus-per-node=2", f"--output={log}", "--time=5"]
+    whole += ["--account=physics", ROOT / "slurm" / "train.sbatch", data, run]
+    more = ["--task", "crystal_system", "--epochs", "3", "--workers", "0"]
+    assert accounted.ended(accounted.sbatch(*whole, *more)) == "COMPLETED", log.read_text()
+    assert "Ray on 2 of 2 nodes: 3 cores, 4 GPUs" in log.read_text()
+    assert (run / "metrics.json").exists()
