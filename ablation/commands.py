@@ -78,7 +78,8 @@ def ablate(
         expected = forecast(settings, folder, part)
         if as_json:
             seconds = {"alone": 0.0, "shared": expected.shared, "shares": expected.shares}
-            show_json({"counts": expected.counts, "expected": expected.rows, "seconds": seconds})
+            needs = {"seconds": seconds, "memory": expected.memory}
+            show_json({"counts": expected.counts, "expected": expected.rows} | needs)
         else:
             show(expected)
         return

@@ -19,7 +19,7 @@ from featurization.manifest import read_manifest
 from training.config import ModelName
 from training.dataset import load
 from training.split import Parts
-from training.timing import Timed, timed_training
+from training.timing import WORKING, Timed, timed_training
 
 _LINE = 900  # bytes of a trial in record.jsonl and the Parquet tables, at most
 _FILES = 10  # of a grid, and two more a task
@@ -33,6 +33,7 @@ class Forecast:
     counts: dict[str, dict[str, int]]  # "task", "model", "arm", "mode" → value → trials
     rows: dict[str, str]
     shared: float  # s of one process, which all share
+    memory: int  # bytes of a process
     shares: int  # most processes that can work at a time
 
 
@@ -71,6 +72,7 @@ def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) ->
     mib = (2 * values + _LINE * len(planned)) / 2**20
     files = _FILES + 2 * len(parts) + _FILES_AT_WORK * processes + 2 * models
     gpus = cards(torch.cuda.device_count())
+    needs = max(0, memory.resident() - before) + WORKING
     return Forecast(
         {
             "task": _counted(planned, lambda t: t.training.task),
@@ -88,10 +90,11 @@ def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) ->
             "GPU": f"{gpus}, shared by {processes} processes"
             if gpus
             else "none found, none needed",
-            "memory": f"about {max(0, memory.resident() - before) / 2**30 + 0.7:.1f} GiB a process",
+            "memory": f"about {needs / 2**30:.1f} GiB a process",
             "disk": f"{mib:,.0f} MiB in about {files} files",
         },
         seconds,
+        needs,
         min(grid.processes or len(planned), max(1, len(fits) or len(todo))),
     )
 

@@ -4,7 +4,9 @@
 
 Prints Markdown. Each cell is the mean over seeds of the test AUROC (balanced accuracy for crystal
 system), the AUROC of the seeds' mean probability with a 95 % interval over groups of crystals, and
-the seconds of all seeds together, description of the clouds included.
+the seconds of all seeds together, description of the clouds included; of networks, clouds that
+train a second and the part of a step that waits for data (medians over epochs); clouds answered a
+second.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from training.dataset import CloudSet, load
 from training.ensemble import fit_members, load_members
 from training.metrics import evaluate, score
 from training.models.boosted import Boosted
+from training.progress import Speed
 from training.split import Parts
 from training.tasks import TASKS
 
@@ -34,6 +37,10 @@ SETTINGS: dict[str, dict[str, float]] = {
     "attention": {"epochs": 16, "batch_size": 64, "learning_rate": 1.5e-3},
     "powder_cnn": {"epochs": 16, "batch_size": 64},
 }
+COLUMNS = (
+    "task", "model", "mean of seeds", "seeds", "ensemble", "95 %", "parameters", "s",
+    "trained/s", "data wait", "answered/s",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -52,8 +59,7 @@ def main() -> None:
         f"{asked.seeds} seeds, {torch.get_num_threads()} threads; {made['created'][:10]}, "
         f"commit {str(made['commit'])[:12]}\n"
     )
-    print("| task | model | mean of seeds | seeds | ensemble | 95 % | parameters | s |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for task in asked.tasks:
         for model in asked.models:
             settings = SETTINGS.get(model, {})
@@ -67,11 +73,17 @@ def row(data: CloudSet, config: TrainingConfig) -> str:
     rows = parts.rows["test"]
     metric = "auroc" if config.question.threshold is not None else "balanced_accuracy"
     with tempfile.TemporaryDirectory() as folder:
+        speeds: list[Speed] = []
         start = time.perf_counter()
-        fit_members(Path(folder), data, config, identity={})
+        fit_members(
+            Path(folder), data, config, identity={},
+            progress=lambda at: speeds.extend([at.speed] if at.speed else []),
+        )  # fmt: skip
         seconds = time.perf_counter() - start
         trained = load_members(Path(folder), config)
+    start = time.perf_counter()
     members = trained.probabilities(data, rows)
+    answering = time.perf_counter() - start
     target = parts.target_N[rows].numpy()
     # A seed of a blend is one model of each kind.
     kinds = len(members) // config.members
@@ -85,10 +97,15 @@ def row(data: CloudSet, config: TrainingConfig) -> str:
         else f"{sum(p.numel() for p in model.parameters()):,}"
         for model in trained.members[:kinds]
     )
+    fast, waits = "", ""
+    if speeds:
+        fast = f"{np.median([each.clouds_per_second for each in speeds]):.0f}"
+        waits = f"{np.median([each.data_wait for each in speeds]):.1%}"
     return (
         f"| {config.task} | {config.model} | {np.mean(each):.4f} | "
         f"{' '.join(f'{e:.4f}' for e in each)} | {whole.value:.4f} | "
-        f"{whole.low:.4f}–{whole.high:.4f} | {size} | {seconds:.0f} |"
+        f"{whole.low:.4f}–{whole.high:.4f} | {size} | {seconds:.0f} | "
+        f"{fast} | {waits} | {len(rows) / answering:.0f} |"
     )
 
 

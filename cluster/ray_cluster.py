@@ -26,6 +26,7 @@ from typing import IO, Any
 from cluster.attempt import say
 from cluster.errors import RunFailed, Stopped, UserError
 from cluster.files import disk_explained, write_text
+from cluster.headless import Guard
 from cluster.ray_session import JOB, JobRay
 
 GRAFANA = Path(__file__).with_name("grafana")
@@ -67,7 +68,7 @@ class _Node:
         words = [*_SRUN, f"--nodelist={name}", f"--cpus-per-task={cpus}"]
         container = os.environ.get("XTAL_CONTAINER")
         words += [container, "python"] if container else [sys.executable]
-        words += ["-m", "cluster.ray_node", *arguments]
+        words += ["-m", "cluster.ray_node", f"--cores={cpus}", *arguments]
         environment = {k: v for k, v in os.environ.items() if k != "SLURM_CPU_BIND"}
         with log.open("ab") as stream:
             self._process = subprocess.Popen(
@@ -144,7 +145,7 @@ def run(shared: Path, command: Sequence[str]) -> int:
     """
     names = hostnames()
     if len(names) == 1:
-        return _attend(subprocess.Popen(command), [], [])
+        return _attend(subprocess.Popen(command))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two files a node
     job = os.environ["SLURM_JOB_ID"]
@@ -158,6 +159,7 @@ def run(shared: Path, command: Sequence[str]) -> int:
         return _Node(name, cpus[name], shared / f"ray-{job}-{name}.log", token, arguments)
 
     nodes: list[_Node] = []
+    guard = Guard(job, names, shared / f"ray-{job}-{names[0]}.log")
     try:
         nodes.append(head := node(names[0], f"--peer={names[1]}"))
         until = time.monotonic() + _JOINING
@@ -192,8 +194,9 @@ def run(shared: Path, command: Sequence[str]) -> int:
             f"object store {store} MiB a node"
         )
         child = subprocess.Popen(command, env=os.environ | {JOB: str(private / "job.json")})
-        return _attend(child, nodes[:1], nodes[1:])
+        return _attend(child, nodes[0], nodes[1:], guard)
     finally:
+        guard.end()
         for each in nodes[1:] + nodes[:1]:
             each.close()
         until = time.monotonic() + _ENDING
@@ -213,7 +216,12 @@ def _offer(shared: Path, job: str, endpoints: list[str]) -> None:
     write_text(shared / OF_JOB.format(job), json.dumps([{"targets": endpoints, "labels": labels}]))
 
 
-def _attend(child: subprocess.Popen[bytes], heads: list[_Node], workers: list[_Node]) -> int:
+def _attend(
+    child: subprocess.Popen[bytes],
+    head: _Node | None = None,
+    workers: Sequence[_Node] = (),
+    guard: Guard | None = None,
+) -> int:
     """Wait for the command; pass signals on to it, and say which nodes are lost meanwhile."""
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -221,18 +229,20 @@ def _attend(child: subprocess.Popen[bytes], heads: list[_Node], workers: list[_N
 
     before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        lost: set[str] = {each.name for each in workers if each.gone}
+        left = list(workers)
         while child.poll() is None:
             time.sleep(0.2)
-            for each in workers:
-                if each.gone and each.name not in lost:
-                    lost.add(each.name)
+            for each in [each for each in left if each.gone]:
+                left.remove(each)
+                if each.report is not None:  # else it has never joined, as was said
                     say(each.complaint("is lost, the work goes on without it"))
-            if any(each.gone for each in heads):
+                if guard is not None:
+                    guard.lose(each.name)
+            if head is not None and head.gone:
                 child.kill()
                 child.wait()
                 # Not the work's fault: the job is requeued.
-                raise Stopped(heads[0].complaint("lost Ray's head"), remedy="submit the job again")
+                raise Stopped(head.complaint("lost Ray's head"), remedy="submit the job again")
         return child.returncode
     finally:
         for number, handler in before.items():

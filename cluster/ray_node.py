@@ -189,6 +189,7 @@ def main() -> None:
     """A line of JSON on standard output says that this node has joined."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head", help="host:port to join; without it this node is the head")
+    parser.add_argument("--cores", help="what SLURM gave the job of this node")
     parser.add_argument("--peer", default="127.0.0.1", help="name or address of another node")
     parser.add_argument("--answers", type=int, help="say only what the dashboard at a port answers")
     parser.add_argument("--token", type=Path, help="file with the token, for --answers")
@@ -196,6 +197,8 @@ def main() -> None:
     if given.answers is not None:
         print(_answer(given.answers, given.token.read_text()))
         return
+    if given.cores is not None:  # SLURM 22.05 tells each step those of the first node
+        os.environ["SLURM_CPUS_ON_NODE"] = given.cores
     _adopt_orphans()
     signal.signal(signal.SIGTERM, _leave)
     token = os.read(sys.stdin.fileno(), 4096).decode().strip()

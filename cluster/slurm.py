@@ -121,6 +121,19 @@ def _pairs(line: str) -> dict[str, str]:
     return {str(name): str(value) for name, value in re.findall(r"(\w+)=(\S*)", line)}
 
 
+def first_node_lost(id: str) -> str:
+    """The node that had the batch step of a job, if SLURM has taken it out of the job; else empty.
+
+    Raises:
+        RunFailed: the controller does not answer.
+    """
+    row = _pairs(ask(["scontrol", "show", "job", id, "--oneliner"]).partition(" Command=")[0])
+    first, nodes = row.get("BatchHost", ""), row.get("NodeList", "")
+    if row.get("JobState") != "RUNNING" or not first:
+        return ""
+    return "" if first in ask(["scontrol", "show", "hostnames", nodes]).split() else first
+
+
 def cancel(ids: Sequence[str]) -> None:
     """End jobs; those that have ended are left alone."""
     if ids:
@@ -132,6 +145,7 @@ def submit(words: Sequence[str], environment: dict[str, str]) -> str:
 
     Raises:
         UserError: SLURM refuses it.
+        RunFailed: it does not answer.
     """
     try:
         done = subprocess.run(
@@ -146,9 +160,22 @@ def submit(words: Sequence[str], environment: dict[str, str]) -> str:
             "sbatch does not answer", remedy="see squeue whether the job is there; else try again"
         ) from None
     if done.returncode:
-        said = done.stderr.strip().removeprefix("sbatch: error: ")
+        said = re.sub("^(sbatch: error|allocation failure): ", "", done.stderr.strip(), flags=re.M)
         raise UserError(f"SLURM refuses the job: {said}", remedy="change the site file or the call")
-    return done.stdout.strip().partition(";")[0]
+    # With --test-only what there is to say stands on the other channel.
+    return done.stdout.strip().partition(";")[0] or done.stderr.strip()
+
+
+def start_of(words: Sequence[str], environment: dict[str, str]) -> str:
+    """When SLURM expects to start the job of an sbatch line, which is not submitted by this.
+
+    Raises:
+        UserError: SLURM would refuse it: account, quality of service, limits, licences, ….
+    """
+    found = re.search(
+        r"to start at (\S+)", submit([words[0], "--test-only", *words[1:]], environment)
+    )
+    return found[1] if found else ""
 
 
 def partition_limits(name: str | None) -> dict[str, str]:
@@ -175,7 +202,7 @@ def node_kinds(partition: str | None) -> list[Kind]:
     """What the nodes of a partition have, whatever their state."""
     if partition is None:
         return []
-    rows = ask(["sinfo", "-h", "-p", partition, "-o", "%D %c %m %G %f"]).splitlines()
+    rows = ask(["sinfo", "-h", "-e", "-p", partition, "-o", "%D %c %m %G %f"]).splitlines()
     return [parse_kind(row) for row in rows if row.strip()]
 
 

@@ -22,7 +22,7 @@ from cluster.attempt import jobs_folder, requeue_if_running, this_job
 from cluster.errors import RunFailed, Stopped, UserError
 from cluster.provenance import provenance
 from cluster.site import Site, check_time, describe, write_setup
-from cluster.slurm import record, seconds_of, submit
+from cluster.slurm import record, seconds_of, start_of, submit
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "slurm"
 _TIMEOUTS = 20  # as often submitit takes an element of an array up again after its time limit
@@ -75,6 +75,15 @@ class Plan:
         if self.site.setup:
             lines += ["before the work, from the site file:", *(f"  {s}" for s in self.site.setup)]
         return "\n".join(lines)
+
+    def start(self, array: int | None = None) -> str:
+        """When SLURM expects to start it; nothing is submitted.
+
+        Raises:
+            UserError: SLURM would refuse it.
+        """
+        words = self.sbatch() if array is None else [*self.array_sbatch(array), "--wrap=true"]
+        return start_of(words, clean_environment())
 
     def submit(self) -> str:
         """Submit it and note it in the folder of jobs; the job's number.

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from cluster.errors import RunFailed, UserError
-from cluster.preflight import preflight, probe_node
+from cluster.preflight import Finding, preflight, probe_node
 from cluster.site import Site, check_time, read_site, write_setup
 from cluster.slurm import seconds_of
 from cluster.submit import Plan
-from cluster.terminal import complain, duration, err, summary
+from cluster.terminal import complain, duration, err, out, summary
 
 _UsageError: Any = typer.BadParameter.__base__  # typer does not name it
 
@@ -68,11 +68,23 @@ class Asked:
         found = list(preflight(plan.site, plan.verb, plan.jobs, plan.nodes, plan.time))
         if self.probe and not again and not any(each.fatal for each in found):
             found.append(probe_node(plan.site, plan.jobs, write_setup(plan.site, plan.jobs)))
+        if not any(each.fatal for each in found):
+            found.append(_asked_slurm(plan, self.array))
+            if self.dry_run and not self.as_json:
+                out.print(found[-1].said, soft_wrap=True, highlight=False)
         for each in found:
             if each.remedy:
                 complain("error" if each.fatal else "warning", f"{each.what}: {each.said}")
                 err.print(f"  remedy: {each.remedy}", soft_wrap=True)
         return not any(each.fatal for each in found)
+
+
+def _asked_slurm(plan: Plan, array: int | None) -> Finding:
+    try:
+        start = plan.start(array)
+    except UserError as error:
+        return Finding("sbatch", error.problem, error.remedy, True)
+    return Finding("sbatch", f"{plan.verb}: SLURM would start it at {start or 'an unknown time'}")
 
 
 def workers(words: Sequence[str]) -> list[str]:
@@ -103,6 +115,7 @@ class Estimate:
 
     content: dict[str, Any]
     seconds: float  # of the job, as if its cores were like those here
+    memory: int  # bytes of the processes that a node has
 
     @classmethod
     def of(cls, plan: Plan, elements: int | None = None) -> "Estimate":
@@ -124,21 +137,32 @@ class Estimate:
         # A worker of a training has a node, and its threads all cores of it, as here.
         nodes = plan.nodes if elements is None or plan.verb == "train" else elements
         share = nodes * (1 if plan.verb == "train" else plan.site.cores_per_node)
-        return cls(
-            content, takes["alone"] + takes["shared"] / min(share, takes.get("shares", share))
-        )
+        most = takes.get("shares", share)
+        seconds = takes["alone"] + takes["shared"] / min(share, most)
+        each = max(1, plan.site.gpus) if plan.verb == "train" else plan.site.cores_per_node
+        return cls(content, seconds, min(each, most) * content["memory"])
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"expected": self.content, "job_seconds": self.seconds}
+        return {
+            "expected": self.content,
+            "job_seconds": self.seconds,
+            "node_memory": self.memory,
+        }
 
     def show(self, plan: Plan) -> None:
         """Print it, and whether the time limit is enough."""
         rows = dict(self.content["expected"])
-        rows["this job"] = f"about {duration(self.seconds)}, --time is {plan.time}"
+        needs = f"{self.memory / 2**30:.1f} GiB a node"
+        rows["this job"] = f"about {duration(self.seconds)}, --time is {plan.time}; {needs}"
         summary("what to expect; nothing was submitted", rows)
         for each in self.content.get("warnings", ()):
             complain("warning", each)
+        if 0 < plan.site.memory << 20 < self.memory:
+            said = (
+                f"memory_per_node = {plan.site.memory_per_node} is less than the {needs} it takes"
+            )
+            complain("warning", f"{said}: raise it, or lower cores_per_node, in the site file")
         limit = max(1.0, seconds_of(plan.time) - plan.site.warning_seconds)
         if (again := int(self.seconds // limit)) > 0:
             said = f"--time {plan.time} is not enough: the job is requeued about {again} times"

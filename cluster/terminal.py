@@ -172,7 +172,9 @@ def complain(kind: str, message: str) -> None:
 
 def summary(title: str, rows: dict[str, Any]) -> None:
     """A table of names and values."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    # Not the table's own title, which is broken at the table's width.
+    out.print(Text(title, style="italic"), soft_wrap=True)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(overflow="fold")  # paths and hashes whole
     for name, value in rows.items():

@@ -100,8 +100,11 @@ def featurize(
             )
             if ranks.rank == 0 and as_json:
                 named = {"out" if k == str(dataset) else k: v for k, v in expected.rows.items()}
-                seconds = {"alone": expected.alone, "shared": expected.shared}
-                show_json({"expected": named, "warnings": expected.warnings, "seconds": seconds})
+                needs = {
+                    "seconds": {"alone": expected.alone, "shared": expected.shared},
+                    "memory": expected.memory,
+                }
+                show_json({"expected": named, "warnings": expected.warnings} | needs)
             elif ranks.rank == 0:
                 summary(f"{source}: what to expect; nothing was written", expected.rows)
             for warning in expected.warnings:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster import memory
 from cluster.errors import UserError
 from cluster.mpi import Ranks
 from featurization import journal
@@ -45,6 +46,7 @@ class Forecast:
     warnings: list[str] = field(default_factory=list)
     alone: float = 0.0  # s, of one rank while the others wait
     shared: float = 0.0  # s of one rank, which all share
+    memory: int = 0  # bytes of a rank
 
 
 def forecast(
@@ -91,6 +93,9 @@ def forecast(
         full = min(full, max(1, round((config.shard_mib << 20) * len(done.entries) / done.bytes)))
     spool = 0 if left.indexed else walk.spool + _PLACE_BYTES * walk.records
     free = shutil.disk_usage(place).free
+    # A shard's crystals are held until it is full, then put together, packed, and laid into a file.
+    held_points = 4 * full * sum(e.nbytes for e in done.entries) // max(1, len(done.entries))
+    needs = memory.resident() + held_points
     seconds = done.seconds * walk.left + done.parsing * walk.known
     if not done.entries:
         warnings.append("no crystal of the sample could be featurized")
@@ -111,11 +116,13 @@ def forecast(
             "reading the source": f"{reading:.1f} s, once, on one rank",
             "featurizing": f"{1e3 * done.seconds:.2f} ms a record and rank",
             "ranks": ranks.size,
+            "memory": f"about {_bytes(needs)} a rank",
             "minutes": f"about {(reading + seconds / ranks.size) / 60:,.1f}",
         },
         warnings,
         reading,
         seconds,
+        needs,
     )
 
 

@@ -18,7 +18,11 @@ from cluster.submit import Plan
 from cluster.submit_asked import Estimate
 
 # What a dry run of 24 trainings of an hour says.
-HOURS = {"expected": {}, "seconds": {"alone": 0.0, "shared": 24 * 3600.0, "shares": 24}}
+HOURS = {
+    "expected": {},
+    "seconds": {"alone": 0.0, "shared": 24 * 3600.0, "shares": 24},
+    "memory": 1 << 30,
+}
 SITES = [ROOT / "slurm" / "site.toml.example", *sorted((ROOT / "slurm" / "profiles").glob("*"))]
 
 
@@ -272,6 +276,7 @@ def test_an_estimate_is_compared_with_the_time(
         takes = found.content["seconds"]
         assert found.seconds == pytest.approx(takes["alone"] + takes["shared"] / cores)
         assert found.content["expected"]["records"] == 560
+        assert found.memory == cores * found.content["memory"] > cores * 50 << 20
     assert takes["shared"] > 0.1
     # No more processes than trainings, and elements of an array have one node each.
     (tmp_path / "xtal.py").write_text(f"print({json.dumps(json.dumps(HOURS))})")
@@ -279,9 +284,15 @@ def test_an_estimate_is_compared_with_the_time(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     grid = replace(plan, verb="ablate", nodes=4, site=Site(cores_per_node=64))
     assert [Estimate.of(grid, n).seconds for n in (None, 2)] == [3600, 3600]
+    assert Estimate.of(grid).memory == 24 << 30
     assert Estimate.of(replace(grid, site=Site(cores_per_node=2)), 4).seconds == 10800
     for seconds, times in ((0.9, None), (7.5, 7)):
-        Estimate(found.content, seconds).show(plan)
+        Estimate(found.content, seconds, 3 << 30).show(plan)
         said = capsys.readouterr()
         assert f"about {seconds:.0f} s, --time is 1" in said.out
         assert (f"is requeued about {times} times" in said.err) == (times is not None)
+    for memory, enough in (("2G", False), ("3072", True), ("0", True), (None, True)):
+        small = replace(plan, site=Site(cores_per_node=4, memory_per_node=memory))
+        Estimate(found.content, 1.0, 3 << 30).show(small)
+        said = capsys.readouterr()
+        assert ("memory_per_node = 2G is less than the 3.0 GiB" not in said.err) == enough

@@ -86,7 +86,8 @@ def train(
         expected = expect(dataset, settings)
         if as_json:
             seconds = {"alone": expected.alone, "shared": expected.shared}
-            show_json({"expected": expected.rows, "seconds": seconds})
+            needs = {"seconds": seconds, "memory": expected.memory}
+            show_json({"expected": expected.rows} | needs)
         else:
             summary("what to expect; nothing was trained", expected.rows)
         return

@@ -219,7 +219,7 @@ def _workers(wanted: int, gpus: int) -> list[Any]:
         workers = [kind.remote() for _ in range(wanted)]
         greetings = [each.standing.remote() for each in workers]
         while len(ray.wait(greetings, num_returns=wanted, timeout=_POLL)[0]) < wanted:
-            room = max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 0)))
+            room = max(1, sum(_places(n["Resources"], gpus) for n in ray.nodes() if n["Alive"]))
             if room < wanted:  # one of them would wait for ever
                 break
         else:
@@ -228,6 +228,11 @@ def _workers(wanted: int, gpus: int) -> list[Any]:
         for each in workers:
             ray.kill(each)
         wanted = room
+
+
+def _places(has: dict[str, float], gpus: int) -> int:
+    """Workers that a node of Ray can hold: each takes a core and, where there are any, a GPU."""
+    return int(min(has.get("CPU", 0), has.get("GPU", 0)) if gpus else has.get("CPU", 0))
 
 
 def _check(fit: Any, fits: list[Any]) -> None:

@@ -25,6 +25,7 @@ from training.split import Parts
 _SAMPLE = 3000  # crystals that are timed for all
 _STEPS = (3, 15)  # a network is timed between these steps
 _TREES = (5, 25)  # and trees between these numbers of rounds
+WORKING = round(0.7 * 2**30)  # bytes of Python, torch and batches at work, beside the data
 _FORWARD = 1 / 3  # of a step's time, for a crystal that is only answered
 
 
@@ -45,6 +46,7 @@ class Forecast:
     rows: dict[str, str]
     alone: float  # s that workers do not share
     shared: float
+    memory: int  # bytes of a process
 
 
 def expect(dataset: Path, config: TrainingConfig) -> Forecast:
@@ -62,14 +64,16 @@ def expect(dataset: Path, config: TrainingConfig) -> Forecast:
     sides = ", ".join(f"{len(rows):,} {side}" for side, rows in parts.rows.items())
     several = f"; {config.workers} workers share it" if config.workers > 1 else ""
     shared = 0.0 if config.in_one_process else timed.training
+    needs = round(clouds + timed.inputs) + WORKING
     return Forecast(
         {
             "crystals": sides,
             "time": f"{duration(seconds)} in one process, if no early stop shortens it{several}",
-            "memory": f"about {(clouds + timed.inputs) / 2**30 + 0.7:.1f} GiB a process",
+            "memory": f"about {needs / 2**30:.1f} GiB a process",
         },
         seconds - shared,
         shared,
+        needs,
     )
 
 

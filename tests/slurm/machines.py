@@ -6,6 +6,7 @@ as a cluster's parallel file system is.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -76,6 +77,24 @@ PartitionName=batch Nodes=node[1-{nodes}] Default=YES MaxTime=1:00:00 DefaultTim
 PartitionName=low Nodes=node[1-{nodes}] MaxTime=1:00:00 DefaultTime=10 PriorityTier=1 GraceTime=20
 """
 
+_ACCOUNTED = """AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=login
+AccountingStoragePass={folder}/run/munge.socket
+AccountingStorageEnforce=associations,limits"""
+
+_GPUS = "Name=gpu File=/dev/tty[1-2] Flags=nvidia_gpu_env"
+_DBD = """
+AuthType=auth/munge
+AuthInfo=socket={folder}/run/munge.socket
+DbdHost=login
+SlurmUser=root
+PidFile={folder}/run/slurmdbd.pid
+LogFile={folder}/log/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+"""
+
 
 def obstacle() -> str | None:
     """Why this machine cannot run the cluster; None if it can."""
@@ -91,9 +110,15 @@ def obstacle() -> str | None:
 
 
 class Machines:
-    """The cluster; `close` ends everything that it started."""
+    """The cluster; `close` ends everything that it started.
 
-    def __init__(self, nodes: int = 3, cpus: int = 2, memory: int = 8000) -> None:
+    Args:
+        richer: with slurmdbd, GPUs that are device files alone, and one core on the first node.
+    """
+
+    def __init__(
+        self, nodes: int = 3, cpus: int = 2, memory: int = 8000, *, richer: bool = False
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="xtal-slurm-", dir="/var/tmp"))
         self.shared = self.folder / "shared"
         for name in ("run", "log", "state", "spool", "checkout", "shared"):
@@ -109,9 +134,18 @@ class Machines:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         conf = _CONF.format(folder=self.folder, nodes=nodes, cpus=cpus, memory=memory)
+        if richer:
+            conf = re.sub("AccountingStorageType=.*", _ACCOUNTED.format(folder=self.folder), conf)
+            conf = conf.replace("MinJobAge=300", "MinJobAge=10")
+            gpus = f"RealMemory={memory} Gres=gpu:2 State=UNKNOWN"
+            first = f"GresTypes=gpu\nNodeName=node1 CPUs=1 {gpus}\n"
+            conf = re.sub(
+                "NodeName=.*", f"{first}NodeName=node[2-{nodes}] CPUs={cpus} {gpus}", conf
+            )
+            (self.folder / "gres.conf").write_text(f"NodeName=node[1-{nodes}] {_GPUS}\n")
         (self.folder / "slurm.conf").write_text(conf)
         try:
-            self._start_login()
+            self._start_login(richer)
             for name in self.nodes:
                 self.start(name)
             self.until(lambda: len(self.idle()) == nodes, "all nodes are idle")
@@ -119,7 +153,7 @@ class Machines:
             self.close()
             raise
 
-    def _start_login(self) -> None:
+    def _start_login(self, accounting: bool) -> None:
         self._namespace(_LOGIN)
         for words in ("link add br0 type bridge", f"addr add {self.addresses[_LOGIN]}/24 dev br0"):
             self.on(_LOGIN, ["ip", *words.split()])
@@ -137,7 +171,26 @@ class Machines:
                 f"--seed-file={run}/munged.seed",
             ],
         )
+        if accounting:
+            self._start_accounting()
         self.on(_LOGIN, ["slurmctld"])
+
+    def _start_accounting(self) -> None:
+        """slurmdbd and its MariaDB, which listen to this host alone; one account for root."""
+        data, socket = self.folder / "mysql", self.folder / "run" / "mysql.sock"
+        words = ["--no-defaults", "--user=root", f"--datadir={data}"]
+        self.on(_LOGIN, ["mariadb-install-db", *words, "--skip-test-db"])
+        words += [f"--socket={socket}", "--skip-networking", f"--log-error={data}/log"]
+        self.on(_LOGIN, ["setsid", "--fork", "mariadbd", *words])
+        _wait(socket.exists, "MariaDB listens", 60)
+        place = self.folder / "slurmdbd.conf"
+        place.touch(mode=0o600)
+        place.write_text(_DBD.format(folder=self.folder))
+        self.on(_LOGIN, ["env", f"MYSQL_UNIX_PORT={socket}", "slurmdbd"])
+        words = ["sacctmgr", "-i", "add", "cluster", "tiny"]
+        _wait(lambda: self.run(*words, check=False).returncode == 0, "slurmdbd answers", 60)
+        self.run("sacctmgr", "-i", "add", "account", "physics", "cluster=tiny")
+        self.run("sacctmgr", "-i", "add", "user", "root", "account=physics")
 
     def start(self, node: str) -> None:
         """Put a node in: a new host of that name, with an empty /tmp."""

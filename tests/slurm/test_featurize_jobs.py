@@ -89,22 +89,26 @@ def test_what_no_node_has_is_refused_before_the_queue(
     done = slurm.run(*words, "--dry-run", check=False)
     assert done.returncode == 1
     assert said in done.stderr
-    # Another partition than the default may be the site's choice: a warning, but for the time.
+    # Another partition than the default may be the site's choice: but then SLURM itself is asked.
     (place / "site.toml").write_text(site)
     done = slurm.run(*words, "--dry-run", check=False)
-    assert done.returncode == (1 if "warning_seconds" in site else 0), done.stderr
+    assert done.returncode == 1
+    assert "warning_seconds" in site or "sbatch: SLURM refuses the job" in done.stderr
     assert said.replace("of batch", "of the default partition") in done.stderr
 
 
-def test_a_chain_is_whole_or_is_not_there(slurm: Machines, place: Path) -> None:
-    (place / "site.toml").write_text('[train]\noptions = ["--licenses=nobody-has-it:1"]\n')
-    words = ["xtal", "submit", "all", "prototypes:14", place / "run", "--site", place / "site.toml"]
-    done = slurm.run(*words, check=False)
-    assert done.returncode == 2
-    assert "SLURM refuses the job" in done.stderr
-    slurm.until(lambda: slurm.run("squeue", "-h").stdout == "", "nothing is left", 30)
-    (row,) = json.loads(slurm.run("xtal", "jobs", place / "run", "--json").stdout)
-    assert (row["verb"], row["state"]) == ("featurize", "CANCELLED")
+def test_what_slurm_itself_would_refuse_is_never_begun(slurm: Machines, place: Path) -> None:
+    site = place / "site.toml"
+    site.write_text('[train]\noptions = ["--licenses=nobody-has-it:1"]\n')
+    for words in (["all", "prototypes:14"], ["train", place, "--array", "2"]):
+        words = ["xtal", "submit", *words[:2], place / "run", "--site", site, *words[2:]]
+        done = slurm.run(*words, check=False)
+        assert done.returncode == 1
+        assert "SLURM refuses the job: Invalid license specification" in done.stderr
+        assert not (place / "run.jobs" / "jobs.jsonl").exists()
+    site.write_text("")
+    done = slurm.run(*words, "--dry-run", check=False)
+    assert "train: SLURM would start it at 2" in done.stdout
 
 
 def test_submit_records_shows_and_cancels(slurm: Machines, place: Path) -> None:

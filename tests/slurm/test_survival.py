@@ -11,6 +11,7 @@ from machines import ROOT, Machines
 from test_featurize_jobs import content
 
 from cluster.files import whole_lines
+from cluster.slurm import seconds_of
 from training.checkpoint import read
 
 pytestmark = pytest.mark.slurm
@@ -173,6 +174,46 @@ def test_a_grid_of_24_trials_survives_a_bad_night(
     slurm.run("xtal", "ablate", place / "grid.toml", place / "undisturbed")
     assert rows_of(out) == rows_of(place / "undisturbed")
     assert [row["status"] for row in rows_of(out)] == ["done"] * 24
+
+
+def test_a_grid_is_killed_at_its_limit_and_then_loses_its_head(
+    slurm: Machines, place: Path, small: Path
+) -> None:
+    """Trials that hang hear no warning; then the node with batch step and Ray's head is gone."""
+    grid = grid_file(place / "grid.toml", small, arms=SIX[:2], seeds=3, epochs=120, width=32)
+    out, log = place / "out", place / "log"
+
+    def submit(*options: str) -> str:
+        words = ["--partition=low", "--cpus-per-task=1", f"--output={log}", "--time=20", *options]
+        return slurm.sbatch(*words, TEMPLATES / "ablate.sbatch", grid, out)
+
+    job = submit("--nodes=2", "--signal=B:URG@10")
+    slurm.until(lambda: any(out.glob("fits/*")), "trials are at work", 180)
+    for node in slurm.nodes_of(job):
+        slurm.on(node, ["pkill", "-STOP", "-f", "^ray::"])
+    slurm.until(lambda: seconds_of(slurm.job(job)["RunTime"]) >= 60, "a minute is over", 90)
+    slurm.run("scontrol", "update", f"jobid={job}", "timelimit=1")
+    assert slurm.ended(job) == "TIMEOUT"
+    for node in slurm.nodes:
+        slurm.until(lambda n=node: slurm.processes(n) == [], f"no process is left on {node}", 20)
+        assert slurm.left_in_tmp(node) == []
+    assert any(out.glob("fits/*"))
+    job = submit("--nodes=2")
+    slurm.until((place / "out.jobs" / f"dashboard-{job}.json").exists, "Ray is at work", 60)
+    head = slurm.nodes_of(job)[0]
+    slurm.kill(head)
+    try:
+        slurm.run("scontrol", "update", f"nodename={head}", "state=down", "reason=power")
+        slurm.requeued(job)
+        assert slurm.ended(job) == "COMPLETED", log.read_text()
+    finally:
+        slurm.revive(head)
+    told = (place / "out.jobs" / f"ray-{job}-{head}.log").read_text()
+    assert f"{head}, where job {job} began, is lost" in told
+    assert not list((out / "fits").glob("*"))
+    slurm.run("xtal", "ablate", grid, place / "undisturbed")
+    assert rows_of(out) == rows_of(place / "undisturbed")
+    assert [row["status"] for row in rows_of(out)] == ["done"] * 6
 
 
 def test_an_element_of_an_array_saves_and_is_taken_up_again(
