@@ -12,14 +12,13 @@ from cluster.provenance import provenance
 from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
 from training import checkpoint, domain
-from training.config import FEATURES, TrainingConfig, recorded
+from training.config import TrainingConfig, recorded
 from training.dataset import open_clouds
 from training.distributed import fit_on_workers
 from training.ensemble import fit_members
 from training.evaluate import evaluate_run
-from training.features import differences
+from training.identity import differences, featurization_of, identity_of, signature
 from training.models import warmstart
-from training.predict import featurization_of
 from training.progress import Progress, stopping
 from training.split import Parts
 from training.tasks import TaskName, answerable
@@ -46,7 +45,6 @@ def train(
         Stopped: by SIGTERM or SIGUSR1 between steps, which are saved.
     """
     manifest = read_manifest(dataset)
-    identity: dict[str, Any] = {"content_hash": manifest["content_hash"], "features": FEATURES}
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file", remedy="give the path of a new folder")
     begun = (run / "config.json").exists()
@@ -58,6 +56,7 @@ def train(
         raise UserError(f"{run} is not empty and holds no training", remedy="give a new folder")
     data = open_clouds(dataset, config.radiation)
     parts = Parts.of(data, config)  # a question that cannot be asked leaves no folder behind
+    identity = identity_of(manifest, data.ids, parts, config)
     if config.init is not None:
         init = Path(config.init)
         _check_init(init, manifest)
@@ -66,9 +65,8 @@ def train(
     if begun:
         there = recorded(run)
         earlier = build_config(TrainingConfig, there["training"], where=f"{run}/config.json")
-        signature = {"config": config.deciding(), "identity": identity}
         theirs = {"config": earlier.deciding(), "identity": there["identity"]}
-        checkpoint.check_signature(run / "config.json", signature, theirs)
+        checkpoint.check_signature(run / "config.json", signature(config, identity), theirs)
     else:
         said = {
             "dataset": str(dataset.resolve()),
@@ -89,7 +87,7 @@ def train(
                     told(at)
 
                 fit_members(run, data, config, identity=identity, resume=resume, progress=both)
-    domain.write(run, data, parts.learned, parts.rows["validation"])
+    domain.write(run, data, parts.learned, parts.rows["validation"], identity)
     return evaluate_run(run, dataset, data=data)
 
 
