@@ -332,6 +332,26 @@ def test_structures_crystals_and_paths(trained, tmp_path):
     assert Predictor(trained)([]) == []
 
 
+def test_dicts_and_what_stands_alone(trained, tmp_path):
+    """A `Structure.as_dict()`, in memory or as a file, is the structure; so is a document."""
+    salt = Structure(Lattice.cubic(4.1), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    (tmp_path / "salt.json").write_text(json.dumps(salt.as_dict()))
+    predictor = Predictor(trained)
+    given = [salt, salt.as_dict(), document("a", a=4.1), tmp_path / "salt.json"]
+    rows = predictor(given)
+    assert [row["material_id"] for row in rows] == ["structure-0", "structure-1", "a", "salt-0"]
+    for row, one in zip(rows, given, strict=True):
+        assert row["reason"] is None
+        assert probabilities(row) == pytest.approx(probabilities(rows[0]), abs=1e-5)
+        [alone] = predictor(one)
+        assert probabilities(alone) == pytest.approx(probabilities(row), abs=1e-5)
+    [alone] = predictor(str(tmp_path / "salt.json"))
+    assert probabilities(alone) == pytest.approx(probabilities(rows[0]), abs=1e-5)
+    [row] = predictor({"lattice": {}, "sites": []})
+    assert row["prediction"] is None
+    assert "malformed structure dict" in row["reason"]
+
+
 def test_an_invalid_crystal_is_a_reason(trained):
     crystal = open_source("prototypes:1").parse(next(iter(open_source("prototypes:1").records())))
     lattice = crystal.lattice.copy()
@@ -389,6 +409,34 @@ def test_the_verb(trained, tmp_path, monkeypatch, capsys):
     assert (counts["crystals"], counts["predicted"]) == (2, 1)
     assert (tmp_path / "a.csv").read_text().count("\n") == 3
     assert command(monkeypatch, "predict", trained, "nowhere", "--out", tmp_path / "b.csv") == 2
+
+
+def test_the_verb_takes_several_files(trained, dataset, tmp_path, monkeypatch, capsys):
+    """Files and datasets in their order, the processes shared; an id of two crystals is said."""
+    one = write_lines(tmp_path / "one.jsonl", [document("a"), document("b", a=5.0)])
+    two = write_lines(tmp_path / "two.jsonl", [document("a", a=6.0)])
+    salt = Structure(Lattice.cubic(4.1), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    salt.to(filename=str(tmp_path / "salt.cif"))
+    started = []
+    pool = features._pool
+    monkeypatch.setattr(features, "_pool", lambda *words: started.append(1) or pool(*words))
+    out = tmp_path / "a.csv"
+    words = ["predict", trained, one, two, tmp_path / "salt.cif", dataset, "--out", out, "--json"]
+    assert command(monkeypatch, *words) == 0
+    assert len(started) == 1
+    said = capsys.readouterr()
+    counts = json.loads(said.out)
+    assert (counts["crystals"], counts["with the id of another"]) == (144, 1)
+    assert "1 crystals have a material_id that another one before them has" in " ".join(
+        said.err.split()
+    )
+    with out.open(newline="") as stream:
+        ids = [row["material_id"] for row in csv.DictReader(stream)]
+    assert ids[:4] == ["a", "b", "a", "salt"]
+    before = out.read_bytes()
+    words = ["predict", trained, one, tmp_path / "nowhere.cif", "--out", out]
+    assert command(monkeypatch, *words) == 2
+    assert out.read_bytes() == before
 
 
 # --- out of distribution -------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.config import build_config
-from cluster.errors import UserError
+from cluster.errors import RunFailed, UserError
 from cluster.provenance import provenance
 from training import checkpoint
 from training.config import BLEND, BoostedName, ModelName, TrainingConfig, recorded
@@ -75,8 +75,19 @@ class Trained:
         """(members, n, C) of one question, by default the first.
 
         The ensemble's answer is the mean over its members.
+
+        Raises:
+            RunFailed: an answer is not finite.
         """
-        return self.shares(self.logits(data, rows), task)
+        answer_MNC = self.shares(self.logits(data, rows), task)
+        if broken := int((~np.isfinite(answer_MNC).all(axis=(0, 2))).sum()):
+            raise RunFailed(
+                f"the model's answers to {broken:,} of {answer_MNC.shape[1]:,} crystals are not "
+                "finite numbers",
+                remedy="see whether the dataset is whole with xtal verify, then train again with a "
+                "lower learning_rate",
+            )
+        return answer_MNC
 
     def shares(
         self, logits_MNC: NDArray[np.float64], task: str | None = None
