@@ -14,8 +14,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -202,27 +202,38 @@ def _session(**options: Any) -> Iterator[None]:
 
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
+    # Ray's own handler aborts with a stack trace; a batch system sends this at the limit.
+    ours = before if callable(before) else _leave
     try:
-        _start(**options)
-        if in_main:
-            # Ray's own handler aborts with a stack trace; a batch system sends this at the limit.
-            signal.signal(signal.SIGTERM, before if callable(before) else _leave)
-        yield
+        # Ray prints what becomes of its workers on stdout, which is for the result.
+        with redirect_stdout(sys.stderr):
+            try:
+                _start(ours, **options)
+                if in_main:
+                    signal.signal(signal.SIGTERM, ours)
+                yield
+            finally:
+                ray.shutdown()
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, before)
-        ray.shutdown()
 
 
-def _start(**options: Any) -> None:
+def _start(terminated: Callable[[int, FrameType | None], Any], **options: Any) -> None:
     import ray
 
-    for left in reversed(range(_STARTS)):
+    left = _STARTS
+    while True:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
             return
+        except SystemExit:  # of the handler of SIGTERM that Ray sets before it starts
+            signal.signal(signal.SIGTERM, terminated)
+            ray.shutdown()
+            terminated(signal.SIGTERM, None)
         except Exception as error:  # Ray has no kind of its own for a node that does not start
             ray.shutdown()
+            left -= 1
             if not left:
                 raise RunFailed(
                     f"Ray did not start, {_STARTS} times: {error}",

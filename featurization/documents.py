@@ -72,6 +72,8 @@ def labels_from(entries: Iterable[tuple[str, Any]], *, known_only: bool) -> dict
 def crystal_from_document(document: Any, fallback_id: str) -> Crystal:
     """A crystal from a document of the Materials Project (`structure`) or JARVIS (`atoms`).
 
+    A pymatgen `Structure.as_dict()` may also be the document itself.
+
     Raises:
         Reject: not such a document, or its structure is not valid.
     """
@@ -83,7 +85,9 @@ def crystal_from_document(document: Any, fallback_id: str) -> Crystal:
         return crystal_from_structure_dict(structure, id, labels)
     if isinstance(atoms := document.get("atoms"), dict):
         return crystal_from_jarvis_atoms(atoms, id, labels)
-    raise Reject("source", "neither a `structure` nor an `atoms` object")
+    if isinstance(document.get("lattice"), dict) and isinstance(document.get("sites"), list):
+        return crystal_from_structure_dict(document, id, labels)
+    raise Reject("source", "neither a `structure` nor an `atoms` object, nor a structure itself")
 
 
 def crystal_from_jarvis_atoms(

@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -111,10 +111,15 @@ class Guard:
 
 
 class StopSignals:
-    """Remembers SIGTERM and SIGUSR1, by which batch systems announce the end of a job."""
+    """Remembers SIGTERM and SIGUSR1, by which batch systems announce the end of a job.
 
-    def __init__(self) -> None:
+    Args:
+        then: also called with the signal's name, as long as it is not set to None; it may raise.
+    """
+
+    def __init__(self, then: Callable[[str], None] | None = None) -> None:
         self.received = ""
+        self.then = then
 
     def __enter__(self) -> "StopSignals":
         self._before: dict[int, Any] = {}
@@ -129,3 +134,5 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+        if self.then is not None:
+            self.then(self.received)

@@ -7,7 +7,8 @@
 | `*.cif`, `*.vasp`, `POSCAR*`       | one structure                                               |
 | `*.csv`                            | a `cif` column (CDVAE, MP-20)                               |
 | `*.jsonl`, `*.ndjson`              | Materials Project or JARVIS documents, one a line           |
-| `*.json`                           | the same; a list of them (JARVIS-DFT); a Matbench table     |
+| `*.json`                           | the same; a list of them (JARVIS-DFT); a Matbench table;    |
+|                                    | a pymatgen `Structure.as_dict()`                            |
 
 All of these files may be `.gz`, `.zst` or `.zip`.
 """

@@ -210,3 +210,14 @@ def test_a_share_of_no_crystals_gives_zero_gradients(name):
     target = torch.zeros(0, dtype=torch.int64)
     nn.functional.cross_entropy(logits, target, reduction="sum").backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", get_args(NetworkName))
+def test_a_network_in_double_precision_answers_as_in_single(name):
+    data, model = random_set(8, [30, 4, 17]), empty_network(tiny(model=name)).eval()
+    model.scale_to(data)
+    batch = model.prepare(data).batch(torch.arange(3))
+    single = model(batch)
+    double = model.double()(batch)
+    assert double.dtype == torch.float64
+    assert torch.allclose(double, single.double(), atol=1e-4)

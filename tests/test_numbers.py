@@ -11,6 +11,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 from small import tiny
 from tiny import document, run, write_lines
 
+from training.evaluate import evaluate_run
 from training.numbers import errors, quantiles
 from training.predict import Predictor
 from training.tasks import TASKS, UNKNOWN, task_of
@@ -90,6 +91,7 @@ def test_a_run_of_a_number(tmp_path: Path) -> None:
     assert set(answer["metrics"]) == {"mae", "rmse", "r2", "coverage"}
     assert answer["metrics"]["r2"]["value"] > 0.5
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == answer
+    _compared(tmp_path, answer)
     card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
     assert "mae" in card
     assert "A regression of crystals" in card
@@ -101,3 +103,22 @@ def test_a_run_of_a_number(tmp_path: Path) -> None:
         assert row["lower"] < row["value"] < row["upper"]
         assert row["prediction"] == f"{10 ** row['value']:.3g} GPa"
         assert abs(row["value"] - np.log10(each["bulk_modulus"]["vrh"])) < 0.7
+
+
+def _compared(folder: Path, answer: dict[str, Any]) -> None:
+    """With another run, by the errors of the number, not by how well its bins are told apart."""
+    config = tiny(task="log_bulk_modulus", model="majority", trees=2)
+    other = train(folder / "data", folder / "other", config)
+    found = evaluate_run(folder / "run", against=folder / "other")["against"]
+    assert set(found["bootstrap"]) == {"mae", "rmse", "r2", "coverage"}
+    assert "delong" not in found
+    for name, pair in found["bootstrap"].items():
+        value, reference = answer["metrics"][name]["value"], other["metrics"][name]["value"]
+        assert pair["value"] == pytest.approx(value)
+        assert pair["reference"] == pytest.approx(reference)
+        assert pair["difference"]["value"] == pytest.approx(value - reference)
+    mae = found["bootstrap"]["mae"]
+    assert mae["difference"]["high"] < 0
+    assert mae["p"] < 0.05
+    itself = evaluate_run(folder / "run", against=folder / "run")["against"]["bootstrap"]
+    assert all(pair["difference"]["value"] == 0 for pair in itself.values())

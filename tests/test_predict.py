@@ -17,13 +17,14 @@ from small import random_set, tiny
 from tiny import SMALL, broken, command, document, run, write_lines
 
 from cluster.errors import UserError
+from cluster.files import sha256_of
 from featurization.config import FeaturizationConfig
 from featurization.shards import Entry, read_shard
 from featurization.sources import open_source
 from training import card, domain, features
 from training.dataset import cloud_set, load
+from training.identity import differences
 from training.predict import Predictor, predict
-from training.split import Parts
 from training.train import train
 
 PROTOTYPES = "prototypes:140"  # the source of the fixture `dataset`
@@ -35,11 +36,7 @@ SYSTEMS = 7
 def trained(dataset, tmp_path_factory):
     """An ensemble of two with everything that a run has."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    config = tiny(members=2, epochs=1)
-    train(dataset, folder, config)
-    data = load(dataset)
-    rows = Parts.of(data, config).rows
-    domain.write(folder, data, rows["train"], rows["validation"])
+    train(dataset, folder, tiny(members=2, epochs=1))
     return folder
 
 
@@ -63,8 +60,8 @@ def predicted(trained):
 def here(monkeypatch):
     """Sources are featurized in this process, where that is not what is tested: it is faster."""
     monkeypatch.setattr(
-        "training.predict.of_source",
-        lambda spec, config, processes: features.of_structures([spec], config),
+        "training.predict.of_sources",
+        lambda specs, config, processes: features.of_structures(specs, config),
     )
 
 
@@ -113,18 +110,11 @@ def test_predictions_of_the_source_are_those_of_the_evaluation(trained, predicte
         assert found["prediction"] == classes[int(np.argmax(wanted))]
 
 
-def test_that_comparison_finds_other_features(trained, tmp_path, here):
+def test_that_comparison_finds_other_features(trained):
     """A broken variant: features of another radiation."""
-    recorded = json.loads((trained / "config.json").read_text())
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in trained.iterdir():
-        if path.name != "config.json":
-            (other / path.name).symlink_to(path)
-    recorded["featurization"]["radiation"] = "neutron"
-    (other / "config.json").write_text(json.dumps(recorded))
-    predict(other, PROTOTYPES, tmp_path / "a.parquet")
-    found = {row["material_id"]: probabilities(row) for row in rows_of(tmp_path / "a.parquet")}
+    predictor = Predictor(trained)
+    predictor.featurization = predictor.featurization.model_copy(update={"radiation": "neutron"})
+    found = {row["material_id"]: probabilities(row) for row in predictor(PROTOTYPES)}
     wanted = {
         r["id"]: [r[f"p{c}"] for c in range(SYSTEMS)]
         for r in rows_of(trained / "predictions.parquet")
@@ -188,7 +178,7 @@ def test_a_dataset_featurized_otherwise_is_refused_by_name(trained, tmp_path):
     ],
 )
 def test_only_settings_of_the_cloud_count(change, differs):
-    assert bool(features.differences(SMALL, SMALL.model_copy(update=change))) is differs
+    assert bool(differences(SMALL, SMALL.model_copy(update=change))) is differs
 
 
 def test_bad_requests_are_explained(trained, tmp_path):
@@ -260,6 +250,10 @@ def test_a_dataset_whose_shards_interleave(tmp_path):
     for path, indices in ((one, [0, 1, 4, 5, 8, 9]), (other, [2, 3, 6, 7, 10, 11])):
         with h5py.File(path, "r+") as file:
             file["source_index"][:] = indices
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for row in manifest["shards"]:
+        row["sha256"] = sha256_of(folder / row["file"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     entries = [entry for _, entry in features.of_dataset(folder, SMALL)]
     assert [entry.source_index for entry in entries] == list(range(12))
     stored = {e.id: e for path in (one, other) for e in read_shard(path)}
@@ -287,7 +281,7 @@ def test_a_crystal_that_ends_its_process_is_an_item(tmp_path, monkeypatch):
 
     monkeypatch.setattr(features, "open_source", lambda *_, **__: Source())
     monkeypatch.setattr(features, "_BLOCK", 3)
-    items = list(features.of_source(str(source), SMALL, 1))
+    items = list(features.of_sources([str(source)], SMALL, 1))
     assert [id for id, _ in items] == [f"c-{i}" for i in range(30)]
     for number, (_, found) in enumerate(items):
         if number == 8:
@@ -311,7 +305,7 @@ def test_a_source_is_read_no_further_than_needed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(features, "open_source", lambda *_, **__: Source())
     monkeypatch.setattr(features, "_BLOCK", 5)
-    items = features.of_source(str(tmp_path / "s.jsonl"), SMALL, 1)
+    items = features.of_sources([str(tmp_path / "s.jsonl")], SMALL, 1)
     for _ in range(20):
         next(items)
     assert 20 <= taken <= 20 + 5 * 4
@@ -338,6 +332,26 @@ def test_structures_crystals_and_paths(trained, tmp_path):
     assert Predictor(trained)([]) == []
 
 
+def test_dicts_and_what_stands_alone(trained, tmp_path):
+    """A `Structure.as_dict()`, in memory or as a file, is the structure; so is a document."""
+    salt = Structure(Lattice.cubic(4.1), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    (tmp_path / "salt.json").write_text(json.dumps(salt.as_dict()))
+    predictor = Predictor(trained)
+    given = [salt, salt.as_dict(), document("a", a=4.1), tmp_path / "salt.json"]
+    rows = predictor(given)
+    assert [row["material_id"] for row in rows] == ["structure-0", "structure-1", "a", "salt-0"]
+    for row, one in zip(rows, given, strict=True):
+        assert row["reason"] is None
+        assert probabilities(row) == pytest.approx(probabilities(rows[0]), abs=1e-5)
+        [alone] = predictor(one)
+        assert probabilities(alone) == pytest.approx(probabilities(row), abs=1e-5)
+    [alone] = predictor(str(tmp_path / "salt.json"))
+    assert probabilities(alone) == pytest.approx(probabilities(rows[0]), abs=1e-5)
+    [row] = predictor({"lattice": {}, "sites": []})
+    assert row["prediction"] is None
+    assert "malformed structure dict" in row["reason"]
+
+
 def test_an_invalid_crystal_is_a_reason(trained):
     crystal = open_source("prototypes:1").parse(next(iter(open_source("prototypes:1").records())))
     lattice = crystal.lattice.copy()
@@ -362,7 +376,8 @@ def test_the_interval_holds_the_members_and_their_mean(trained, dataset):
 
 
 def test_one_model_gives_no_interval(alone):
-    [row] = Predictor(alone)(["prototypes:1"])
+    with pytest.warns(UserWarning, match=r"has no domain\.safetensors"):
+        [row] = Predictor(alone)(["prototypes:1"])
     assert row["prediction"] is not None
     assert row["lower"] is row["upper"] is row["out_of_distribution"] is None
 
@@ -394,6 +409,34 @@ def test_the_verb(trained, tmp_path, monkeypatch, capsys):
     assert (counts["crystals"], counts["predicted"]) == (2, 1)
     assert (tmp_path / "a.csv").read_text().count("\n") == 3
     assert command(monkeypatch, "predict", trained, "nowhere", "--out", tmp_path / "b.csv") == 2
+
+
+def test_the_verb_takes_several_files(trained, dataset, tmp_path, monkeypatch, capsys):
+    """Files and datasets in their order, the processes shared; an id of two crystals is said."""
+    one = write_lines(tmp_path / "one.jsonl", [document("a"), document("b", a=5.0)])
+    two = write_lines(tmp_path / "two.jsonl", [document("a", a=6.0)])
+    salt = Structure(Lattice.cubic(4.1), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    salt.to(filename=str(tmp_path / "salt.cif"))
+    started = []
+    pool = features._pool
+    monkeypatch.setattr(features, "_pool", lambda *words: started.append(1) or pool(*words))
+    out = tmp_path / "a.csv"
+    words = ["predict", trained, one, two, tmp_path / "salt.cif", dataset, "--out", out, "--json"]
+    assert command(monkeypatch, *words) == 0
+    assert len(started) == 1
+    said = capsys.readouterr()
+    counts = json.loads(said.out)
+    assert (counts["crystals"], counts["with the id of another"]) == (144, 1)
+    assert "1 crystals have a material_id that another one before them has" in " ".join(
+        said.err.split()
+    )
+    with out.open(newline="") as stream:
+        ids = [row["material_id"] for row in csv.DictReader(stream)]
+    assert ids[:4] == ["a", "b", "a", "salt"]
+    before = out.read_bytes()
+    words = ["predict", trained, one, tmp_path / "nowhere.cif", "--out", out]
+    assert command(monkeypatch, *words) == 2
+    assert out.read_bytes() == before
 
 
 # --- out of distribution -------------------------------------------------------------------------
@@ -467,11 +510,13 @@ def test_poor_clouds_have_finite_distances(lengths, intensity):
 def test_what_is_kept_is_what_was_fitted(tmp_path):
     data = random_set(2, [9] * 30)
     rows = torch.arange(30)
-    tensors = domain.write(tmp_path, data, rows[:20], rows[20:])
-    kept = domain.read(tmp_path)
+    tensors = domain.write(tmp_path, data, rows[:20], rows[20:], {"content_hash": "0"})
+    kept = domain.read(tmp_path, {"content_hash": "0"})
     assert kept.keys() == tensors.keys()
     assert all(torch.equal(kept[name], tensors[name]) for name in kept)
-    assert domain.read(tmp_path / "elsewhere") is None
+    assert domain.read(tmp_path / "elsewhere", {}) is None
+    with pytest.raises(UserError, match="content_hash = '0' there, '1' of the model"):
+        domain.read(tmp_path, {"content_hash": "1"})
 
 
 # --- the card ------------------------------------------------------------------------------------

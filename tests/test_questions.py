@@ -18,11 +18,13 @@ from tiny import document, run, write_lines
 from ablation.grid import GridConfig
 from ablation.run import run_grid
 from cluster.errors import UserError
+from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
 from training import objective
 from training.config import TrainingConfig
 from training.dataset import CloudSet
 from training.ensemble import fit_members, load_members, load_run
+from training.identity import deciding, signature
 from training.models.build import DESCRIPTIONS, new_network
 from training.predict import predict
 from training.split import Parts
@@ -107,7 +109,12 @@ def test_questions_are_asked_once_and_of_networks():
 def test_a_run_begins_with_the_weights_of_another(clouds, labelled, tmp_path):
     first = tiny(model="pointnet", epochs=1)
     fit_members(tmp_path / "first", clouds, first, identity=IDENTITY)
-    recorded = {"training": first.model_dump(mode="json")}
+    recorded = {
+        "dataset": "",
+        "featurization": {},
+        "training": first.model_dump(mode="json"),
+        "identity": signature(first, IDENTITY)["identity"],
+    }
     (tmp_path / "first" / "config.json").write_text(json.dumps(recorded))
     init = {"model": "pointnet", "init": str(tmp_path / "first")}
     theirs = load_members(tmp_path / "first", first).members[0].state_dict()
@@ -197,10 +204,14 @@ def test_all_questions_are_those_of_the_labels_that_a_dataset_has(dataset, tmp_p
 
 def test_each_question_has_its_row(dataset, labelled, tmp_path):
     run, config = tmp_path / "run", several(model="pointnet", epochs=1)
-    fit_members(run, labelled, config, identity=IDENTITY)
+    made = read_manifest(dataset)["config"]
+    identity = IDENTITY | {"featurization": deciding(FeaturizationConfig(**made))}
+    fit_members(run, labelled, config, identity=identity)
     recorded = {
+        "dataset": str(dataset),
         "training": config.model_dump(mode="json"),
-        "featurization": read_manifest(dataset)["config"],
+        "featurization": made,
+        "identity": signature(config, identity)["identity"],
     }
     (run / "config.json").write_text(json.dumps(recorded))
     counts = predict(run, str(dataset), tmp_path / "all.csv", task="all")

@@ -3,9 +3,11 @@
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -34,6 +36,54 @@ def test_a_ray_that_did_not_start_is_started_again(monkeypatch):
     with pytest.raises(RunFailed, match="3 times: The current node timed out"), local_ray(1):
         pass
     assert not ray.is_initialized()
+
+
+def test_what_ray_says_of_dead_workers_is_not_on_stdout(capsys):
+    """There a program reads the result."""
+    with local_ray(1):
+        import ray
+
+        task = ray.remote(num_cpus=1, max_retries=0)(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(ray.exceptions.WorkerCrashedError):
+            ray.get(task.remote())
+        out, err, end = "", "", time.monotonic() + 60
+        while "(raylet)" not in out + err and time.monotonic() < end:
+            time.sleep(0.2)
+            said = capsys.readouterr()
+            out, err = out + said.out, err + said.err
+    out += capsys.readouterr().out
+    assert "(raylet)" in err
+    assert out == ""
+
+
+def test_a_signal_while_ray_starts_is_ours(monkeypatch):
+    """Ray's own handler, which it sets before it starts, would exit with 15 or 1."""
+    with local_ray(1):
+        import ray
+
+        start = ray.init
+    starts, seen = [], []
+
+    def interrupted(**options):
+        starts.append(1)
+        if len(starts) == 1:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+            os.kill(os.getpid(), signal.SIGTERM)
+        start(**options)
+
+    monkeypatch.setattr(ray, "init", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with local_ray(1):
+            assert seen == [signal.SIGTERM]
+        assert len(starts) == 2
+        starts.clear()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with pytest.raises(SystemExit) as left, local_ray(1):
+            pass
+        assert left.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # A neighbour takes the first port of each kind between its choice and Ray's start.

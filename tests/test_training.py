@@ -129,6 +129,51 @@ def test_a_signal_saves_the_step_at_work(clouds, whole, tmp_path, number):
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["open_clouds", "fit_members"])
+def test_a_signal_before_the_first_step_stops_at_once(
+    dataset, tmp_path, monkeypatch, number, where
+):
+    """Not later, when there is a step to save; what goes on is whole."""
+    handlers = [signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM)]
+    passed = []
+
+    def interrupted(*args, **options):
+        os.kill(os.getpid(), number)
+        passed.append(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"training.train.{where}", interrupted)
+        with pytest.raises(Stopped, match=f"stopped by {number.name}") as stopped:
+            train(dataset, tmp_path / "run", tiny(epochs=1))
+    assert stopped.value.exit_code == 75
+    assert not passed
+    assert [signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM)] == handlers
+    assert train(dataset, tmp_path / "run", tiny(epochs=1), resume=True)["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["cluster.ray_session._start", "training.distributed._workers"])
+def test_a_signal_while_workers_start_is_not_lost(dataset, tmp_path, monkeypatch, where):
+    """Before any of them has told of a step."""
+    owner, _, name = where.rpartition(".")
+    real = getattr(sys.modules[owner], name)
+
+    def interrupted(*args, **options):
+        answer = real(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+
+    monkeypatch.setattr(sys.modules[owner], name, interrupted)
+    start = time.monotonic()
+    with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
+        train(dataset, tmp_path / "run", SHARED.model_copy(update={"epochs": 1000}))
+    assert stopped.value.exit_code == 75
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["identity"]
+    assert time.monotonic() - start < 120
+    assert not (tmp_path / "run" / MODEL).exists()
+
+
 @pytest.mark.parametrize("victim", ["checkpoint.save", "write_text"])
 def test_a_crash_at_any_write_loses_nothing(clouds, whole, tmp_path, monkeypatch, victim):
     owner, name = (checkpoint, "save") if victim == "checkpoint.save" else (loop, victim)

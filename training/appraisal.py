@@ -19,6 +19,7 @@ from training.comparison import delong, paired_bootstrap
 from training.config import TrainingConfig
 from training.dataset import Clouds
 from training.metrics import score
+from training.numbers import paired_errors
 from training.split import Parts
 from training.uncertainty import combine, doubt_and_error
 
@@ -69,8 +70,12 @@ def appraise(
     return plain(appraisal)
 
 
-def compare(run: Path, other: Path, config: TrainingConfig) -> dict[str, Any]:
+def compare(
+    run: Path, other: Path, data: Clouds, parts: Parts, config: TrainingConfig
+) -> dict[str, Any]:
     """Two evaluated runs on the same test crystals, this one minus the other.
+
+    Of a number, the errors of the number itself, as `training.numbers` has them.
 
     Raises:
         UserError: the other run has no predictions, or of other crystals or another question.
@@ -93,7 +98,15 @@ def compare(run: Path, other: Path, config: TrainingConfig) -> dict[str, Any]:
     target, groups = own["label"].to_numpy(), own["group"].to_pylist()
     columns = [f"p{number}" for number in range(len(config.question.classes))]
     value, rival = (np.stack([t[c].to_numpy() for c in columns], axis=1) for t in tables)
-    pairs = paired_bootstrap(target, value, rival, groups, resamples=config.resamples)
+    task, drawn = config.question, {"resamples": config.resamples}
+    if task.edges:
+        # Both tables are in the order of the ids.
+        rows = parts.rows["test"].numpy()
+        rows = rows[np.argsort(data.ids[rows], kind="stable")]
+        truth = task.values(data.labels[task.label][rows])
+        pairs = paired_errors(truth, task.edges, value, rival, groups, **drawn)
+    else:
+        pairs = paired_bootstrap(target, value, rival, groups, **drawn)
     answer: dict[str, Any] = {"run": str(other), "bootstrap": _each(pairs)}
     if len(columns) == 2:
         answer["delong"] = asdict(delong(target, value, rival, groups))

@@ -126,7 +126,7 @@ def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
         "```python",
         "from training.predict import Predictor",
         "",
-        'rows = Predictor("RUN")(structures)  # pymatgen structures, or paths',
+        'rows = Predictor("RUN")(structures)  # pymatgen structures, their dicts, or paths',
         "```",
         "",
         "Crystals are featurized with the settings above; a dataset of other settings is refused.",

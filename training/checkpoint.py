@@ -1,8 +1,10 @@
 """Checkpoints: one safetensors file, written whole or not at all, never a pickle.
 
-Tensors are stored under their names; everything else as JSON in the file's metadata.
+Tensors are stored under their names; everything else as JSON in the file's metadata, and with it a
+SHA-256 of all, which whoever reads the file compares.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,23 +17,27 @@ from torch import Tensor
 
 from cluster.errors import UserError
 from cluster.files import replacing
-from training.config import FEATURES
+from training.config import FEATURES, TrainingConfig
+from training.identity import first_difference, meaning
+
+_CHECKSUM = "sha256"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Atomically write tensors and a JSON state to `path`."""
     # Clones: safetensors refuses tensors that share memory.
     plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    text = json.dumps({**state, _CHECKSUM: _digest(plain, json.dumps(dict(state)))})
     with replacing(path) as temporary:
         # Not `save_file`, whose files nobody else may read.
-        temporary.write_bytes(serialized(plain, metadata={"state": json.dumps(state)}))
+        temporary.write_bytes(serialized(plain, metadata={"state": text}))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save` wrote.
 
     Raises:
-        UserError: no such file, or not one of ours.
+        UserError: no such file, not one of ours, or a damaged one.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -43,34 +49,69 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint: {error}", remedy="train again") from None
+    if _CHECKSUM not in state:
+        raise UserError(
+            f"{path} is of an older layout, without a checksum",
+            remedy="train again, or use the version of xtal that trained it",
+        )
+    if state.pop(_CHECKSUM) != _digest(tensors, json.dumps(state)):
+        raise UserError(
+            f"{path} is damaged: its checksum is not that of its content",
+            remedy="put back a copy of it, or train again",
+        )
     return tensors, state
 
 
-def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The same of a finished model, which must be of this version's features.
+def read_model(
+    path: Path, config: TrainingConfig, identity: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same of a finished model, which must be the one that is asked for.
+
+    Args:
+        config: of this model alone, not of an ensemble or a blend.
+        identity: of its run, as `training.identity`; None: whichever dataset it is of.
 
     Raises:
-        UserError: as `read`, or a model of other features.
+        UserError: as `read`, or a model of other features, settings, questions or crystals.
     """
     tensors, state = read(path)
-    if (theirs := state["identity"].get("features")) != FEATURES:
+    said: dict[str, Any] = state.get("identity", {})
+    if (theirs := said.get("features")) != FEATURES:
         raise UserError(
             f"{path} was trained on other features: version {theirs} there, {FEATURES} now",
             remedy="train again, or use the version of xtal that trained it",
         )
+    asked = (said if identity is None else dict(identity)) | meaning(config)
+    for there, wanted in ((state.get("config", {}), config.deciding()), (said, asked)):
+        if found := first_difference(there, wanted):
+            raise UserError(
+                f"{path} is not the model that its run's config.json describes: "
+                f"{found[0]} = {found[1]!r} there, {found[2]!r} asked for",
+                remedy="put back whichever of the two files was changed, or train again; a model "
+                "of another version of xtal needs that version",
+            )
     return tensors, state
 
 
 def check_signature(path: Path, signature: dict[str, Any], state: dict[str, Any]) -> None:
     """Refuse a file of another training: `UserError` that names the first difference."""
     for part, asked in signature.items():
-        for key, value in asked.items():
-            if state[part].get(key) != value:
-                raise UserError(
-                    f"{path} belongs to another training: {key} = {state[part].get(key)!r} there, "
-                    f"{value!r} now",
-                    remedy="resume with the same configuration, or train into a new folder",
-                )
+        if found := first_difference(state.get(part, {}), asked):
+            raise UserError(
+                f"{path} belongs to another training: {found[0]} = {found[1]!r} there, "
+                f"{found[2]!r} now",
+                remedy="resume with the same configuration, or train into a new folder",
+            )
+
+
+def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
+    """Hex SHA-256 over names, types, shapes and bytes of tensors, and a state."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

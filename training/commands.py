@@ -10,6 +10,7 @@ from cluster.terminal import (
     ConfigFile,
     OptionsFile,
     bar,
+    complain,
     configured,
     show_json,
     summary,
@@ -137,10 +138,10 @@ def evaluate(
 
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished training run.")],
-    source: Annotated[
-        str,
+    sources: Annotated[
+        list[str],
         typer.Argument(
-            metavar="SOURCE", help="Crystals as for featurize, or the folder of a dataset."
+            metavar="SOURCE…", help="Crystals as for featurize, or folders of datasets."
         ),
     ],
     table: Annotated[Path, typer.Option("--out", help="Table to write: .csv, .parquet or .jsonl.")],
@@ -156,7 +157,7 @@ def predict(
     config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict crystals with a trained model: one row each, in the order of the source.
+    """Predict crystals with a trained model: one row each, in the order of the sources.
 
     What cannot be read is a row with a reason. lower and upper are the extremes of the ensemble's
     members; of a model without an ensemble they are empty.
@@ -164,7 +165,15 @@ def predict(
     from training.predict import predict as run_prediction
 
     with bar("crystals", None, shown=not as_json) as update:
-        counts = run_prediction(run, source, table, task=task, processes=processes, progress=update)
+        counts = run_prediction(
+            run,
+            sources,
+            table,
+            task=task,
+            processes=processes,
+            progress=update,
+            warn=lambda text: complain("warning", text),
+        )
     if as_json:
         show_json(counts)
     else:

@@ -115,17 +115,19 @@ def paired_bootstrap(
     weights_RN = np.concatenate([np.ones_like(drawn_RN[:1]), drawn_RN])  # the whole set first
     first = score(labels_N, probabilities_NC, weights_RN)
     second = score(labels_N, reference_NC, weights_RN)
-    answer = {}
-    for name in METRICS:
-        difference_R = first[name] - second[name]
-        low, high = percentile_interval(difference_R[1:], groups_N)
-        answer[name] = Comparison(
-            value=float(first[name][0]),
-            reference=float(second[name][0]),
-            difference=Interval(float(difference_R[0]), low, high),
-            p=math.nan if math.isnan(low) else _p(difference_R[1:]),
-        )
-    return answer
+    return {name: paired(first[name], second[name], groups_N) for name in METRICS}
+
+
+def paired(first_R: FloatArray, second_R: FloatArray, groups_N: Sequence[str]) -> Comparison:
+    """A metric of two models, of the whole set and then of the same resamples of the groups."""
+    difference_R = first_R - second_R
+    low, high = percentile_interval(difference_R[1:], groups_N)
+    return Comparison(
+        value=float(first_R[0]),
+        reference=float(second_R[0]),
+        difference=Interval(float(difference_R[0]), low, high),
+        p=math.nan if math.isnan(low) else _p(difference_R[1:]),
+    )
 
 
 def _p(difference_R: FloatArray) -> float:

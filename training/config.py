@@ -31,6 +31,7 @@ NOT_DECIDING = {
     "checkpoint_steps",
     "checkpoint_seconds",
 }
+_RECORDED = ("dataset", "featurization", "training", "identity")  # parts of a run's config.json
 
 
 class TrainingConfig(Config):
@@ -149,12 +150,23 @@ def recorded(run: Path) -> dict[str, Any]:
     """The content of a run's config.json.
 
     Raises:
-        UserError: no training run.
+        UserError: no training run, a damaged one, or one of an older version.
     """
+    path = run / "config.json"
     try:
-        content: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        return content
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{run} is no training run: it has no config.json", remedy="run xtal train first"
         ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged: {error}", remedy="put back a copy of it, or train again"
+        ) from None
+    missing = [n for n in _RECORDED if n not in content] if isinstance(content, dict) else _RECORDED
+    if missing:
+        raise UserError(
+            f"{path} is of an older layout: it has no {', '.join(missing)}",
+            remedy="train again, or use the version of xtal that trained it",
+        )
+    return content

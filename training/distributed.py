@@ -181,8 +181,9 @@ def _fit(
     """One attempt, on a Ray that runs. Raises `_Lost`, or what a worker raised."""
     import ray
 
+    begin = Progress(0, config.members * config.passes, 0, 1)
     try:
-        workers = _workers(config.workers, gpus)
+        workers = _workers(config.workers, gpus, lambda: progress(begin))
         threads, size = threads_for(config.workers), len(workers)
         places = [str(each.resolve()) for each in (private / "meeting", dataset, run)]
         arguments = (*places, config, identity, resume, threads)
@@ -197,7 +198,9 @@ def _fit(
             for fit in done:
                 _check(fit, fits)
             at = ray.get(workers[0].standing.remote())
-            if at is not None and at != shown:
+            if at is None:
+                progress(begin)  # that a signal ends the work while no worker has anything to save
+            elif at != shown:
                 shown = at
                 try:
                     progress(at)
@@ -209,8 +212,12 @@ def _fit(
         raise _Lost(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
-def _workers(wanted: int, gpus: int) -> list[Any]:
-    """As many workers as are wanted, or fewer where Ray has not, or no longer, room for all."""
+def _workers(wanted: int, gpus: int, waiting: Callable[[], None]) -> list[Any]:
+    """As many workers as are wanted, or fewer where Ray has not, or no longer, room for all.
+
+    Args:
+        waiting: called now and then; it may raise.
+    """
     import ray
 
     kind: Any = ray.remote(num_cpus=1, num_gpus=min(gpus, 1))(_Worker)
@@ -219,6 +226,7 @@ def _workers(wanted: int, gpus: int) -> list[Any]:
         workers = [kind.remote() for _ in range(wanted)]
         greetings = [each.standing.remote() for each in workers]
         while len(ray.wait(greetings, num_returns=wanted, timeout=_POLL)[0]) < wanted:
+            waiting()
             room = max(1, sum(_places(n["Resources"], gpus) for n in ray.nodes() if n["Alive"]))
             if room < wanted:  # one of them would wait for ever
                 break

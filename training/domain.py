@@ -17,14 +17,17 @@ misjudged.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.errors import UserError
 from training import checkpoint
 from training.dataset import Clouds, CloudSet
+from training.identity import first_difference
 
 FILE = "domain.safetensors"
 _QUANTILE = 0.99
@@ -86,17 +89,34 @@ def flags(data: CloudSet, tensors: Mapping[str, Tensor]) -> NDArray[np.bool_]:
 
 
 def write(
-    run: Path, data: Clouds, train_rows: Tensor, validation_rows: Tensor
+    run: Path,
+    data: Clouds,
+    train_rows: Tensor,
+    validation_rows: Tensor,
+    identity: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """`fit`, kept in the folder of a training run."""
+    """`fit`, kept in the folder of a training run of that identity."""
     tensors = fit(data, train_rows, validation_rows)
-    checkpoint.save(run / FILE, tensors, {})
+    checkpoint.save(run / FILE, tensors, {"identity": identity})
     return tensors
 
 
-def read(run: Path) -> dict[str, Tensor] | None:
-    """What `write` kept; None where a run has none."""
-    return checkpoint.read(run / FILE)[0] if (run / FILE).exists() else None
+def read(run: Path, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """What `write` kept; None where a run has none.
+
+    Raises:
+        UserError: it is damaged, or of another run.
+    """
+    if not (run / FILE).exists():
+        return None
+    tensors, state = checkpoint.read(run / FILE)
+    if found := first_difference(state.get("identity", {}), identity):
+        raise UserError(
+            f"{run / FILE} is of another training: {found[0]} = {found[1]!r} there, {found[2]!r} "
+            "of the model",
+            remedy="put back that of this training, or make it anew with xtal train --resume",
+        )
+    return tensors
 
 
 def _statistics(data: CloudSet, tensors: Mapping[str, Tensor]) -> Tensor:

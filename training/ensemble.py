@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.config import build_config
-from cluster.errors import UserError
+from cluster.errors import RunFailed, UserError
 from cluster.provenance import provenance
 from training import checkpoint
-from training.config import BLEND, FEATURES, BoostedName, ModelName, TrainingConfig, recorded
+from training.config import BLEND, BoostedName, ModelName, TrainingConfig, recorded
 from training.dataset import Clouds, CloudSet
+from training.identity import featurization_of, signature
 from training.inputs import blocks, prepared
 from training.loop import MODEL, device, fit, predict
 from training.models.boosted import Boosted
@@ -74,8 +75,19 @@ class Trained:
         """(members, n, C) of one question, by default the first.
 
         The ensemble's answer is the mean over its members.
+
+        Raises:
+            RunFailed: an answer is not finite.
         """
-        return self.shares(self.logits(data, rows), task)
+        answer_MNC = self.shares(self.logits(data, rows), task)
+        if broken := int((~np.isfinite(answer_MNC).all(axis=(0, 2))).sum()):
+            raise RunFailed(
+                f"the model's answers to {broken:,} of {answer_MNC.shape[1]:,} crystals are not "
+                "finite numbers",
+                remedy="see whether the dataset is whole with xtal verify, then train again with a "
+                "lower learning_rate",
+            )
+        return answer_MNC
 
     def shares(
         self, logits_MNC: NDArray[np.float64], task: str | None = None
@@ -128,13 +140,11 @@ def fit_members(
         UserError: as `training.loop.fit`.
     """
     peers = peers or Alone()
-    identity = identity | {"features": FEATURES}
     parts = Parts.of(data, config)
     known, passed = dict(seen or {}), 0
     for number, folder in enumerate(folders(run, config)):
-        kind = kinds(config)[number % len(kinds(config))]
-        seed = config.seed + number // len(kinds(config))
-        own = config.model_copy(update={"model": kind, "seed": seed, "members": 1})
+        own = _own(config, number)
+        kind = own.model
 
         def shifted(at: Progress, passed: int = passed) -> None:
             progress(replace(at, epoch=at.epoch + passed, epochs=config.members * config.passes))
@@ -163,30 +173,53 @@ def load_run(run: Path) -> tuple[Trained, dict[str, Any]]:
     """The models of a training run and the content of its config.json.
 
     Raises:
-        UserError: no training run, or as `load_members`.
+        UserError: no training run, a config.json that is not that of the models, or as
+            `load_members`.
     """
     said = recorded(run)
     config = build_config(TrainingConfig, said["training"], where=str(run / "config.json"))
-    return load_members(run, config), said
+    featurization_of(run, said)
+    return load_members(run, config, said["identity"]), said
 
 
-def load_members(run: Path, config: TrainingConfig) -> Trained:
-    """The models in a run folder.
+def load_members(
+    run: Path, config: TrainingConfig, identity: Mapping[str, Any] | None = None
+) -> Trained:
+    """The models in a run folder, each compared with what it should be.
+
+    Args:
+        identity: that the models must have; None: whichever dataset they are of.
 
     Raises:
-        UserError: a member is missing, or was trained on features of another version.
+        UserError: a member is missing or damaged, or was trained with other settings, for other
+            questions or on features of another version.
     """
     members, states = [], []
-    for folder in folders(run, config):
+    for number, folder in enumerate(folders(run, config)):
         if not (folder / MODEL).exists():
             raise UserError(
                 f"the training in {run} has not finished",
                 remedy="finish it with xtal train --resume",
             )
-        tensors, state = checkpoint.read_model(folder / MODEL)
-        members.append(_member(TrainingConfig(**state["config"]), tensors))
+        own = _own(config, number)
+        tensors, state = checkpoint.read_model(folder / MODEL, own, identity)
+        try:
+            members.append(_member(own, tensors))
+        except Exception as error:  # PyTorch and XGBoost raise many kinds
+            raise UserError(
+                f"{folder / MODEL} does not fit its model: {type(error).__name__}: "
+                f"{error}".splitlines()[0],
+                remedy="train again, or use the version of xtal that trained it",
+            ) from error
         states.append(state)
     return Trained(config, states, members)
+
+
+def _own(config: TrainingConfig, number: int) -> TrainingConfig:
+    """The settings of one member alone."""
+    several = kinds(config)
+    kind, seed = several[number % len(several)], config.seed + number // len(several)
+    return config.model_copy(update={"model": kind, "seed": seed, "members": 1})
 
 
 def _member(config: TrainingConfig, tensors: dict[str, Tensor]) -> Network | Boosted:
@@ -214,15 +247,15 @@ def _boost(
     identity: dict[str, Any],
     resume: bool,
 ) -> None:
-    signature = {"config": config.deciding(), "identity": identity}
+    signed = signature(config, identity)
     if resume and (run / MODEL).exists():
-        checkpoint.check_signature(run / MODEL, signature, checkpoint.read(run / MODEL)[1])
+        checkpoint.check_signature(run / MODEL, signed, checkpoint.read(run / MODEL)[1])
         return
     rows = (parts.rows["train"].numpy(), parts.rows["validation"].numpy())
     model = Boosted.fitted(description_NF, parts.target_N.numpy(), *rows, config)
     made = {name: value for name, value in provenance().items() if name != "created"}
     run.mkdir(parents=True, exist_ok=True)
-    state = signature | {"provenance": made, "best_epoch": model.rounds}
+    state = signed | {"provenance": made, "best_epoch": model.rounds}
     checkpoint.save(run / MODEL, model.tensors(), state)
 
 

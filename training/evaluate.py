@@ -81,6 +81,11 @@ def evaluate_run(
         )
     data = open_clouds(folder, config.radiation) if data is None else data
     parts = Parts.of(data, config)
+    if parts.digest(data.ids) != recorded["identity"].get("split"):
+        raise UserError(
+            f"{run} was trained with another split of the same crystals than this version makes",
+            remedy="train again, or use the version of xtal that trained it",
+        )
     sides = ("validation", "test")
     members = {side: trained.probabilities(data, parts.rows[side]) for side in sides}
     probabilities = {side: each.mean(axis=0) for side, each in members.items()}
@@ -99,7 +104,7 @@ def evaluate_run(
     if leaks:
         answer["leakage"] = _leakage(run, data, parts, probabilities["test"], config)
     if against is not None:
-        answer["against"] = compare(run, against, config)
+        answer["against"] = compare(run, against, data, parts, config)
     answer |= {"best_epoch": trained.states[0]["best_epoch"], "provenance": provenance()}
     log_evaluation(run, data, parts, probabilities["test"], config.question, answer)
     write_text(run / "metrics.json", json.dumps(answer, indent=1, ensure_ascii=False))

@@ -4,19 +4,18 @@ A crystal that cannot be featurized stays in the stream as its reason. Of the so
 blocks are in memory at a time, whatever its length.
 """
 
-import json
 import multiprocessing
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from itertools import islice, pairwise
 from os import getpid
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from cluster.errors import UserError
@@ -25,6 +24,7 @@ from featurization.cells import Symmetry
 from featurization.cloud import Cloud
 from featurization.config import FeaturizationConfig
 from featurization.crystal import Crystal, Reject
+from featurization.documents import crystal_from_document
 from featurization.guard import Guard
 from featurization.manifest import read_manifest
 from featurization.records import Record, Source, parsed
@@ -33,28 +33,20 @@ from featurization.sources import open_source
 from featurization.structures import crystal_from_pymatgen
 from featurization.validation import crystal_from_arrays
 from featurization.worker import featurize_one
+from training.identity import differences
+from training.mapped import check, reading
 
 # Id and entry; or id, as far as it is known, and why there is none.
 Item = tuple[str, Entry | str]
 
 _BLOCK = 64  # records a task of a process
-# Settings that decide the clouds that there are, none of what is in one.
-_NOT_DECIDING = {
-    "max_points",
-    "max_atoms",
-    "max_seconds",
-    "occupancy",
-    "id_prop_label",
-    "shard_structures",
-    "shard_mib",
-    "absences",
-}
+_Block = list[tuple[str, Record]]  # each with its source
 
 
 def of_structures(structures: Iterable[Any], config: FeaturizationConfig) -> Iterator[Item]:
-    """Crystals at hand: pymatgen `Structure`s, `Crystal`s, or paths of anything that is a source.
+    """Crystals at hand: pymatgen `Structure`s, their dicts, `Crystal`s, or paths of sources.
 
-    They are featurized in this process. A structure has no id and gets its number.
+    They are featurized in this process. What has no id gets its number as one.
     """
     for number, given in enumerate(structures):
         if not isinstance(given, str | Path):
@@ -68,19 +60,25 @@ def of_structures(structures: Iterable[Any], config: FeaturizationConfig) -> Ite
             yield str(given), f"source: {error}".splitlines()[0]
 
 
-def of_source(spec: str, config: FeaturizationConfig, processes: int) -> Iterator[Item]:
-    """Everything that a source holds, featurized by some processes beside this one.
+def of_sources(specs: Sequence[str], config: FeaturizationConfig, processes: int) -> Iterator[Item]:
+    """Everything that sources hold, one after the other, featurized by processes beside this one.
 
     Time and memory of a crystal are limited as in `xtal featurize`; one that ends its process is
     an item with a reason, too.
 
     Raises:
-        UserError: no such source.
+        UserError: no such source, before anything is done.
     """
-    records = open_source(spec, id_prop_label=config.id_prop_label).records()
-    waiting: deque[tuple[list[Record], Future[list[Item]] | None]] = deque()
+    for spec in specs:
+        open_source(spec, id_prop_label=config.id_prop_label)
+    records = (
+        (spec, record)
+        for spec in specs
+        for record in open_source(spec, id_prop_label=config.id_prop_label).records()
+    )
+    waiting: deque[tuple[_Block, Future[list[Item]] | None]] = deque()
     with tempfile.TemporaryDirectory() as folder:
-        pool = _pool(processes, spec, config, folder)
+        pool = _pool(processes, config, folder)
         try:
             while True:
                 while len(waiting) <= 2 * processes and (block := list(islice(records, _BLOCK))):
@@ -92,8 +90,8 @@ def of_source(spec: str, config: FeaturizationConfig, processes: int) -> Iterato
                 if items is None:
                     # Whose crystal it was, nobody knows: the blocks under way begin again.
                     pool.shutdown()
-                    items = list(_one_by_one(block, spec, config, folder))
-                    pool = _pool(processes, spec, config, folder)
+                    items = list(_one_by_one(block, config, folder))
+                    pool = _pool(processes, config, folder)
                     waiting = deque((each, _submit(pool, each)) for each, _ in waiting)
                 yield from items
         finally:
@@ -104,7 +102,8 @@ def of_dataset(folder: Path, config: FeaturizationConfig) -> Iterator[Item]:
     """The crystals of a finished dataset in the order of its sources, and its rejects.
 
     Raises:
-        UserError: featurized with other settings than `config`; each is named.
+        UserError: featurized with other settings than `config`, of which each is named, or a shard
+            is missing or damaged.
     """
     manifest = read_manifest(folder)
     theirs = FeaturizationConfig(**manifest["config"])
@@ -115,6 +114,9 @@ def of_dataset(folder: Path, config: FeaturizationConfig) -> Iterator[Item]:
             remedy="featurize it again with the model's settings, or give the crystals themselves",
         )
     paths = [folder / row["file"] for row in manifest["shards"]]
+    for path, row in zip(paths, manifest["shards"], strict=True):
+        with reading(path):  # or says that it is missing
+            check(path, row["sha256"])
     rejects = list(read_rejects(folder / "rejects.csv"))
     indices = [read_ids(path)[1] for path in paths]
     indices.append(np.array([int(row[3]) for row in rejects], dtype=np.int64))
@@ -137,22 +139,6 @@ def of_dataset(folder: Path, config: FeaturizationConfig) -> Iterator[Item]:
                 )
 
 
-def differences(one: FeaturizationConfig, other: FeaturizationConfig) -> list[str]:
-    """Each setting that would give one crystal two clouds, with both values."""
-    ours, theirs = (_deciding(config) for config in (one, other))
-    return [
-        f"{name} is {theirs[name]}, the model's is {ours[name]}"
-        for name in ours
-        if ours[name] != theirs[name]
-    ]
-
-
-def _deciding(config: FeaturizationConfig) -> dict[str, str]:
-    values = config.model_dump(exclude=_NOT_DECIDING)
-    values["absences"] = "drop" if config.drops_absences else "keep"
-    return {name: json.dumps(value) for name, value in values.items()}
-
-
 class _Given:
     """A source of what is in memory already."""
 
@@ -167,6 +153,8 @@ class _Given:
 
 
 def _validated(given: Any, id: str) -> Crystal:
+    if isinstance(given, Mapping):
+        return crystal_from_document(dict(given), id)
     if not isinstance(given, Crystal):
         return crystal_from_pymatgen(given, id, {})
     return crystal_from_arrays(
@@ -185,7 +173,7 @@ def _item(source: Source, record: Record, config: FeaturizationConfig) -> Item:
 def _read_rows(path: Path, rows: range, config: FeaturizationConfig) -> list[Entry]:
     """Some crystals of a shard, without formula and labels."""
     part = slice(rows.start, rows.stop)
-    with h5py.File(path, "r", locking=False) as file:
+    with reading(path) as file:
         offsets = file["offsets"][rows.start : rows.stop + 1]
         points = slice(offsets[0], offsets[-1])
         names = ("hkl", "q", "intensity", "multiplicity", *also_columns(config))
@@ -217,36 +205,32 @@ def _read_rows(path: Path, rows: range, config: FeaturizationConfig) -> list[Ent
     return answer
 
 
-def _one_by_one(
-    block: Sequence[Record], spec: str, config: FeaturizationConfig, folder: str
-) -> Iterator[Item]:
+def _one_by_one(block: _Block, config: FeaturizationConfig, folder: str) -> Iterator[Item]:
     """A block of which some crystal may end its process: each is tried alone."""
-    pool = _pool(1, spec, config, folder)
+    pool = _pool(1, config, folder)
     try:
-        for record in block:
-            items = _result(_submit(pool, [record]))
+        for spec, record in block:
+            items = _result(_submit(pool, [(spec, record)]))
             if items is None:
                 pool.shutdown()
-                pool = _pool(1, spec, config, folder)
+                pool = _pool(1, config, folder)
                 items = [(record.id, "guard: ended the process that featurized it")]
             yield from items
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _pool(
-    processes: int, spec: str, config: FeaturizationConfig, folder: str
-) -> ProcessPoolExecutor:
+def _pool(processes: int, config: FeaturizationConfig, folder: str) -> ProcessPoolExecutor:
     # A fork of a process with threads, as PyTorch's are, can hang.
     return ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin,
-        initargs=(spec, config, folder),
+        initargs=(config, folder),
     )
 
 
-def _submit(pool: ProcessPoolExecutor, block: list[Record]) -> Future[list[Item]] | None:
+def _submit(pool: ProcessPoolExecutor, block: _Block) -> Future[list[Item]] | None:
     try:
         return pool.submit(_featurize, block)
     except BrokenProcessPool:
@@ -261,24 +245,28 @@ def _result(future: Future[list[Item]] | None) -> list[Item] | None:
         return None
 
 
-# Of a process of the pool: its source, settings and folder for the guard's mark.
-_at_work: tuple[Source, FeaturizationConfig, Path]
+# Of a process of the pool: settings, and folder for the guard's mark.
+_at_work: tuple[FeaturizationConfig, Path]
 
 
-def _begin(spec: str, config: FeaturizationConfig, folder: str) -> None:
+def _begin(config: FeaturizationConfig, folder: str) -> None:
     global _at_work
-    source = open_source(spec, id_prop_label=config.id_prop_label)
-    _at_work = source, config, Path(folder)
+    _at_work = config, Path(folder)
 
 
-def _featurize(block: list[Record]) -> list[Item]:
-    source, config, folder = _at_work
+@lru_cache(maxsize=4)
+def _opened(spec: str) -> Source:
+    return open_source(spec, id_prop_label=_at_work[0].id_prop_label)
+
+
+def _featurize(block: _Block) -> list[Item]:
+    config, folder = _at_work
     items: list[Item] = []
     with Guard(folder / f"at-{getpid()}", config.max_seconds) as guard:
-        for record in block:
+        for spec, record in block:
             try:
                 with guard.watching(record.index):
-                    item = _item(source, record, config)
+                    item = _item(_opened(spec), record, config)
             except Reject as reject:  # the clock
                 item = record.id, f"{reject.stage}: {reject.reason}"
             items.append(item)

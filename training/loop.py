@@ -25,6 +25,7 @@ from cluster.provenance import provenance
 from training import checkpoint, objective
 from training.config import TrainingConfig
 from training.dataset import CloudBatch, Clouds
+from training.identity import signature
 from training.inputs import prepared
 from training.models.build import Inputs, Network, new_network
 from training.peers import Alone, Dropout, Peers
@@ -111,13 +112,13 @@ def fit(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     at, best = _Position(), dict(model.state_dict())
-    signature = {"config": config.deciding(), "identity": identity}
+    signed: dict[str, Any] = signature(config, identity)
     path = run / CHECKPOINT
     if resume and path.exists():
-        at, best = _restore(path, signature, model, optimizer)
+        at, best = _restore(path, signed, model, optimizer)
     # Without the time, so that equal trainings give equal files.
     made = {name: value for name, value in provenance().items() if name != "created"}
-    signature |= {"provenance": made}
+    signed |= {"provenance": made}
     best = {name: tensor.detach().clone() for name, tensor in best.items()}
     train = parts.learned
     steps = math.ceil(len(train) / config.batch_size)
@@ -139,13 +140,13 @@ def fit(
             if at.step < steps:
                 late = time.monotonic() - saved >= config.checkpoint_seconds
                 if peers.rank == 0 and (late or at.step % config.checkpoint_steps == 0):
-                    _save(path, at, best, signature, model, optimizer)
+                    _save(path, at, best, signed, model, optimizer)
                     saved = time.monotonic()
                 try:
                     progress(Progress(at.epoch, config.epochs, at.step, steps))
                 except Stopped:
                     if peers.rank == 0:
-                        _save(path, at, best, signature, model, optimizer)
+                        _save(path, at, best, signed, model, optimizer)
                     raise
                 if taken == stop_after:
                     return None
@@ -159,14 +160,14 @@ def fit(
         if peers.rank == 0:
             # In this order: a training that ends with its checkpoint has its whole history.
             write_text(run / "history.csv", _table(at.history))
-            _save(path, at, best, signature, model, optimizer)
+            _save(path, at, best, signed, model, optimizer)
             saved = time.monotonic()
         progress(Progress(at.epoch - 1, config.epochs, steps, steps, record, watch.speed()))
         if taken == stop_after and at.epoch < config.epochs:
             return None
     model.load_state_dict(best)
     if peers.rank == 0:
-        checkpoint.save(run / MODEL, best, signature | {"best_epoch": at.best_epoch})
+        checkpoint.save(run / MODEL, best, signed | {"best_epoch": at.best_epoch})
     return model
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from training.comparison import Comparison, paired
 from training.metrics import Interval, group_weights, percentile_interval
 
 FloatArray = NDArray[np.float64]
@@ -51,22 +52,48 @@ def errors(
     `mae` and `rmse` are in the unit of the edges, `r2` is the part of the variance that is
     explained, `coverage` the part of values inside their interval, 0.9 if it is honest.
     """
-    low_N, middle_N, high_N = quantiles(edges, probability_NC).T
-    weights_RN = np.concatenate(
-        [np.ones((1, len(value_N))), group_weights(groups_N, resamples, seed)]
+    samples = _samples(value_N, edges, probability_NC, group_weights(groups_N, resamples, seed))
+    return {
+        name: Interval(float(of[0]), *percentile_interval(of[1:], groups_N))
+        for name, of in samples.items()
+    }
+
+
+def paired_errors(
+    value_N: FloatArray,
+    edges: Sequence[float],
+    probability_NC: FloatArray,
+    reference_NC: FloatArray,
+    groups_N: Sequence[str],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Comparison]:
+    """The same of two models, both judged on the same resamples of the groups."""
+    drawn_RN = group_weights(groups_N, resamples, seed)
+    own, rival = (
+        _samples(value_N, edges, each, drawn_RN) for each in (probability_NC, reference_NC)
     )
+    return {name: paired(own[name], rival[name], groups_N) for name in own}
+
+
+def _samples(
+    value_N: FloatArray,
+    edges: Sequence[float],
+    probability_NC: FloatArray,
+    drawn_RN: NDArray[np.int32],
+) -> dict[str, FloatArray]:
+    """(1 + R,) of each kind of error: of the whole set, then of each resample."""
+    low_N, middle_N, high_N = quantiles(edges, probability_NC).T
+    weights_RN = np.concatenate([np.ones((1, len(value_N))), drawn_RN])
     total_R = weights_RN.sum(axis=1)
     miss_N = middle_N - value_N
     mean_R = weights_RN @ value_N / total_R
     variance_R = weights_RN @ value_N**2 / total_R - mean_R**2
     squared_R = weights_RN @ miss_N**2 / total_R
-    samples = {
+    return {
         "mae": weights_RN @ np.abs(miss_N) / total_R,
         "rmse": np.sqrt(squared_R),
         "r2": 1 - squared_R / np.maximum(variance_R, 1e-300),
         "coverage": weights_RN @ ((low_N <= value_N) & (value_N <= high_N)) / total_R,
-    }
-    return {
-        name: Interval(float(of[0]), *percentile_interval(of[1:], groups_N))
-        for name, of in samples.items()
     }

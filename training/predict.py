@@ -25,9 +25,13 @@ Of a number (`log_bulk_modulus`), `prediction` is the value with its unit, and `
 are, as `value`, log₁₀ of the unit: where the model expects nine in ten such crystals to lie.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,6 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import replacing
 from featurization.config import FeaturizationConfig
@@ -46,7 +49,8 @@ from featurization.shards import Entry
 from training import domain
 from training.dataset import cloud_set
 from training.ensemble import load_run
-from training.features import Item, of_dataset, of_source, of_structures
+from training.features import Item, of_dataset, of_sources, of_structures
+from training.identity import featurization_of
 from training.numbers import quantiles
 from training.tasks import Task
 
@@ -61,16 +65,29 @@ class Predictor:
     Args:
         run: the folder of a finished training run.
         task: a question of the model, by default its first, or `all`.
+        warn: called with what is missing of the run, though not needed to predict.
 
     Raises:
-        UserError: no such run, one that has not finished, or one that was not asked the question.
+        UserError: no such run, one that has not finished or is damaged, or one that was not asked
+            the question.
     """
 
-    def __init__(self, run: Path | str, task: str | None = None) -> None:
+    def __init__(
+        self,
+        run: Path | str,
+        task: str | None = None,
+        *,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
         run = Path(run)
         self._trained, recorded = load_run(run)
         self.featurization = featurization_of(run, recorded)
-        self._domain = domain.read(run)
+        self._domain = domain.read(run, recorded["identity"])
+        if self._domain is None:
+            warn(
+                f"{run} has no {domain.FILE}, so that nobody knows which crystals are unlike those "
+                "of the training: out_of_distribution stays empty"
+            )
         asked = {question.name: question for question in self._trained.config.questions}
         if task not in (None, "all", *asked):
             raise UserError(
@@ -89,10 +106,12 @@ class Predictor:
         """One row a crystal, as a dict of the columns above; what is empty is None.
 
         Args:
-            structures: pymatgen `Structure`s, `Crystal`s, and paths of files or folders of
-                crystals, in any mixture.
+            structures: pymatgen `Structure`s, their dicts, documents, `Crystal`s, and paths of
+                files or folders of crystals, in any mixture; or one of these alone.
         """
-        items = of_structures(structures, self.featurization)
+        # A path, a dict and a `Structure` are iterable, too: letters, keys, sites.
+        alone = isinstance(structures, str | Path | Mapping) or hasattr(structures, "lattice")
+        items = of_structures([structures] if alone else structures, self.featurization)
         return [row for table in self.tables(items) for row in table.to_pylist()]
 
     def tables(self, items: Iterable[Item]) -> Iterator[pa.Table]:
@@ -145,7 +164,11 @@ def _answers(
     meant_N = np.ones_like(predicted_N) if binary else predicted_N
     meant_MN = np.take_along_axis(members_MNC, meant_N[None, :, None], axis=2)[..., 0]
     numbers_N3 = quantiles(task.edges, mean_NC) if task.edges else None
+    finite_N = np.isfinite(mean_NC).all(axis=1)
     for row, predicted in enumerate(predicted_N):
+        if not finite_N[row]:
+            yield {"reason": "model: its answer is not a finite number"}
+            continue
         answer: dict[str, Any] = {"prediction": task.classes[predicted]}
         if numbers_N3 is not None:
             lower, value, upper = numbers_N3[row].tolist()
@@ -171,42 +194,44 @@ def _columns(task: Task) -> list[str]:
 
 def predict(
     run: Path,
-    source: str,
+    source: str | Sequence[str],
     out: Path,
     *,
     task: str | None = None,
     processes: int = 1,
     progress: Callable[[int], None] = lambda done: None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, int]:
-    """Predict all that a source holds into a table; memory does not grow with the source.
+    """Predict all that sources hold into a table; of a crystal, memory keeps 8 bytes of its id.
 
     Args:
         run: the folder of a finished training run.
-        source: as for `xtal featurize`, or the folder of a finished dataset.
-        out: `.csv`, `.parquet` or `.jsonl`, written whole or not at all, in the source's order.
+        source: as for `xtal featurize`, or the folder of a finished dataset; or several.
+        out: `.csv`, `.parquet` or `.jsonl`, written whole or not at all, in the sources' order.
         task: a question of the model, by default its first, or `all`.
         processes: that featurize beside this one.
         progress: called with the number of crystals done.
+        warn: called with what to beware of in the table.
 
     Returns:
         How many crystals there were, and of how many rows there is a prediction, there is none, and
-        the crystal is out of distribution.
+        the crystal is out of distribution; and how many crystals have the id of an earlier one.
 
     Raises:
-        UserError: no such run or source, another ending, or a dataset featurized otherwise.
+        UserError: no such run or source, another ending, or a dataset that is damaged or
+            featurized otherwise.
     """
+    sources = [source] if isinstance(source, str) else list(source)
     if out.suffix not in _SUFFIXES:
         raise UserError(
             f"{out} ends in none of {', '.join(_SUFFIXES)}", remedy="name the table's format so"
         )
-    if out.exists() and Path(source).exists() and out.samefile(source):
+    if out.exists() and any(Path(each).exists() and out.samefile(each) for each in sources):
         raise UserError(f"{out} is the source itself", remedy="write to another file")
-    predictor = Predictor(run, task)
-    if (Path(source) / "manifest.json").is_file():
-        items = of_dataset(Path(source), predictor.featurization)
-    else:
-        items = of_source(source, predictor.featurization, processes)
+    predictor = Predictor(run, task, warn=warn)
     counts = {"crystals": 0, "predicted": 0, "not predicted": 0, "out of distribution": 0}
+    ids = array("Q")
+    items = _noted(_items(sources, predictor.featurization, processes), ids)
     with _writing(out, predictor.schema) as write:
         for table in predictor.tables(items):
             write(table)
@@ -217,25 +242,33 @@ def predict(
                 filter(None, table["out_of_distribution"].to_pylist())
             )
             progress(counts["crystals"])
+    counts["with the id of another"] = again = len(ids) - len(np.unique(np.asarray(ids)))
+    if again:
+        warn(
+            f"{again:,} crystals have a material_id that another one before them has; the rows are "
+            "in the order of the source"
+        )
     return counts
 
 
-def featurization_of(run: Path, recorded: dict[str, Any]) -> FeaturizationConfig:
-    """The settings that a run's crystals were featurized with.
+def _items(sources: Sequence[str], config: FeaturizationConfig, processes: int) -> Iterator[Item]:
+    """Of datasets, and of other sources, which share the processes."""
+    kinds = groupby(sources, lambda each: (Path(each) / "manifest.json").is_file())
+    for finished, some in kinds:
+        if finished:
+            for each in some:
+                yield from of_dataset(Path(each), config)
+        else:
+            yield from of_sources(list(some), config, processes)
 
-    Args:
-        recorded: the content of its config.json.
 
-    Raises:
-        UserError: they are not in it.
-    """
-    where = f"{run / 'config.json'}"
-    if "featurization" not in recorded:
-        raise UserError(
-            f"{where} does not say how the crystals were featurized",
-            remedy="train again with this version",
-        )
-    return build_config(FeaturizationConfig, recorded["featurization"], where=where)
+def _noted(items: Iterable[Item], ids: "array[int]") -> Iterator[Item]:
+    """The items; of each id, where there is one, a hash of 64 bits goes into `ids`."""
+    for id, found in items:
+        if id:
+            digest = hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            ids.append(int.from_bytes(digest, "little"))
+        yield id, found
 
 
 @contextmanager

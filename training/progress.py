@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,20 +70,22 @@ class Stopwatch:
 def stopping(run: Path, tell: Callable[[Progress], None]) -> Iterator[Callable[[Progress], None]]:
     """`tell`, then `Stopped` after SIGTERM or SIGUSR1; the loop has then saved its step in `run`.
 
-    Before the first call a signal ends the process as ever: there is nothing to save.
+    Before the first call there is no step to save, and a signal raises `Stopped` at once, wherever
+    the work is. From then on it waits for the next call.
     """
-    with ExitStack() as held:
-        signals: StopSignals | None = None
+
+    def stop(name: str) -> None:
+        raise Stopped(
+            f"stopped by {name}; all steps so far are saved in {run}",
+            remedy="go on with --resume",
+        )
+
+    with StopSignals(then=stop) as signals:
 
         def told(at: Progress) -> None:
-            nonlocal signals
-            if signals is None:
-                signals = held.enter_context(StopSignals())
+            signals.then = None
             tell(at)
             if signals.received:
-                raise Stopped(
-                    f"stopped by {signals.received}; all steps so far are saved in {run}",
-                    remedy="go on with --resume",
-                )
+                stop(signals.received)
 
         yield told

@@ -63,6 +63,18 @@ class Parts:
         rows: Tensor = torch.cat([parts.rows["train"] for parts in every]).unique()
         return rows
 
+    def digest(self, ids_N: NDArray[Any]) -> str:
+        """Hex SHA-256 over (id, side) of all crystals that are used, in order of id."""
+        side_N = np.full(len(ids_N), "", dtype="U10")
+        for parts in (self, *self.others.values()):
+            for side, rows in parts.rows.items():
+                side_N[rows.numpy()] = side
+        used = np.flatnonzero(side_N != "")
+        used = used[np.argsort(ids_N[used], kind="stable")]
+        lines = zip(ids_N[used].tolist(), side_N[used].tolist(), strict=True)
+        text = "".join(f"{id}\0{side}\n" for id, side in lines)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
     @classmethod
     def of(cls, data: Clouds, config: TrainingConfig) -> "Parts":
         """Split a dataset for the config's task and, in `others`, for those beside it.

@@ -62,13 +62,14 @@ def expect(dataset: Path, config: TrainingConfig) -> Forecast:
     timed = timed_training(data, config, parts)
     seconds = timed.once + timed.training + timed.test
     sides = ", ".join(f"{len(rows):,} {side}" for side, rows in parts.rows.items())
+    early = ", if no early stop of the trees shortens it" if config.in_one_process else ""
     several = f"; {config.workers} workers share it" if config.workers > 1 else ""
     shared = 0.0 if config.in_one_process else timed.training
     needs = round(clouds + timed.inputs) + WORKING
     return Forecast(
         {
             "crystals": sides,
-            "time": f"{duration(seconds)} in one process, if no early stop shortens it{several}",
+            "time": f"{duration(seconds)} in one process{early}{several}",
             "memory": f"about {needs / 2**30:.1f} GiB a process",
         },
         seconds - shared,

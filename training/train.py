@@ -12,14 +12,13 @@ from cluster.provenance import provenance
 from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
 from training import checkpoint, domain
-from training.config import FEATURES, TrainingConfig, recorded
-from training.dataset import open_clouds
+from training.config import TrainingConfig, recorded
+from training.dataset import Clouds, open_clouds
 from training.distributed import fit_on_workers
 from training.ensemble import fit_members
 from training.evaluate import evaluate_run
-from training.features import differences
+from training.identity import differences, featurization_of, identity_of, signature
 from training.models import warmstart
-from training.predict import featurization_of
 from training.progress import Progress, stopping
 from training.split import Parts
 from training.tasks import TaskName, answerable
@@ -43,10 +42,31 @@ def train(
     Raises:
         UserError: no dataset, no usable classes, `run` holds another training, or `config.init`
             saw what is held out here.
-        Stopped: by SIGTERM or SIGUSR1 between steps, which are saved.
+        Stopped: by SIGTERM or SIGUSR1, before the first step or between steps, which are saved.
     """
+    with stopping(run, progress) as told:
+        data, parts, identity = _begin(dataset, run, config, resume)
+        if config.workers > 1:
+            # While Ray starts, no signal may break in.
+            told(Progress(0, config.members * config.passes, 0, 1))
+            fit_on_workers(dataset, run, config, identity=identity, resume=resume, progress=told)
+        else:
+            with log_epochs(run) as log:
+
+                def both(at: Progress) -> None:
+                    log(at)
+                    told(at)
+
+                fit_members(run, data, config, identity=identity, resume=resume, progress=both)
+    domain.write(run, data, parts.learned, parts.rows["validation"], identity)
+    return evaluate_run(run, dataset, data=data)
+
+
+def _begin(
+    dataset: Path, run: Path, config: TrainingConfig, resume: bool
+) -> tuple[Clouds, Parts, dict[str, Any]]:
+    """Write config.json, or compare what is there; clouds, split and identity of the training."""
     manifest = read_manifest(dataset)
-    identity: dict[str, Any] = {"content_hash": manifest["content_hash"], "features": FEATURES}
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file", remedy="give the path of a new folder")
     begun = (run / "config.json").exists()
@@ -58,6 +78,7 @@ def train(
         raise UserError(f"{run} is not empty and holds no training", remedy="give a new folder")
     data = open_clouds(dataset, config.radiation)
     parts = Parts.of(data, config)  # a question that cannot be asked leaves no folder behind
+    identity = identity_of(manifest, data.ids, parts, config)
     if config.init is not None:
         init = Path(config.init)
         _check_init(init, manifest)
@@ -66,9 +87,8 @@ def train(
     if begun:
         there = recorded(run)
         earlier = build_config(TrainingConfig, there["training"], where=f"{run}/config.json")
-        signature = {"config": config.deciding(), "identity": identity}
         theirs = {"config": earlier.deciding(), "identity": there["identity"]}
-        checkpoint.check_signature(run / "config.json", signature, theirs)
+        checkpoint.check_signature(run / "config.json", signature(config, identity), theirs)
     else:
         said = {
             "dataset": str(dataset.resolve()),
@@ -78,19 +98,7 @@ def train(
             "provenance": provenance(),
         }
         write_text(run / "config.json", json.dumps(said, indent=1))
-    with stopping(run, progress) as told:
-        if config.workers > 1:
-            fit_on_workers(dataset, run, config, identity=identity, resume=resume, progress=told)
-        else:
-            with log_epochs(run) as log:
-
-                def both(at: Progress) -> None:
-                    log(at)
-                    told(at)
-
-                fit_members(run, data, config, identity=identity, resume=resume, progress=both)
-    domain.write(run, data, parts.learned, parts.rows["validation"])
-    return evaluate_run(run, dataset, data=data)
+    return data, parts, identity
 
 
 def questions_of(dataset: Path) -> list[TaskName]:

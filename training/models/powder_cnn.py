@@ -106,7 +106,7 @@ class PowderCNN(nn.Module):
 
     def forward(self, pattern_BCQ: Tensor) -> Tensor:
         """(B, C) logits."""
-        hidden = self.stem(pattern_BCQ)
+        hidden = self.stem(pattern_BCQ.to(self.stem.weight.dtype))
         for stage in self.stages:
             hidden = stage(hidden)
         logits: Tensor = self.head(hidden)

@@ -48,7 +48,8 @@ def begin(network: nn.Module, config: TrainingConfig) -> None:
                 f"since {name}_fraction is {other} there, {own} here",
                 remedy=_REMEDY,
             )
-    tensors, _ = checkpoint.read_model(weights(run))
+    alone = theirs.model_copy(update={"members": 1})
+    tensors, _ = checkpoint.read_model(weights(run), alone, recorded(run)["identity"])
     if theirs.questions != config.questions:
         assert isinstance(network.head, nn.Sequential)
         answering = f"head.{len(network.head) - 1}."
