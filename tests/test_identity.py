@@ -124,7 +124,7 @@ def test_damaged_weights_are_refused(made, copy, name, monkeypatch, capsys, tmp_
     for place in random.integers(0, len(whole) - 64, 20).tolist():
         broken = whole[:place] + random.bytes(64) + whole[place + 64 :]
         (folder / MODEL).write_bytes(broken)
-        with pytest.raises(UserError, match="is damaged|is no checkpoint|older layout"):
+        with pytest.raises(UserError, match=r"is damaged|is no checkpoint|older layout"):
             Predictor(folder)
     words = ["predict", folder, made / "s.jsonl", "--out", tmp_path / "a.csv"]
     assert command(monkeypatch, *words) == 2
