@@ -209,8 +209,6 @@ def _session(**options: Any) -> Iterator[None]:
         with redirect_stdout(sys.stderr):
             try:
                 _start(ours, **options)
-                if in_main:
-                    signal.signal(signal.SIGTERM, ours)
                 yield
             finally:
                 ray.shutdown()
@@ -226,6 +224,8 @@ def _start(terminated: Callable[[int, FrameType | None], Any], **options: Any) -
     while True:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, terminated)
             return
         except SystemExit:  # of the handler of SIGTERM that Ray sets before it starts
             signal.signal(signal.SIGTERM, terminated)

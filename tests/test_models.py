@@ -212,9 +212,8 @@ def test_a_share_of_no_crystals_gives_zero_gradients(name):
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", get_args(NetworkName))
-def test_a_network_in_double_precision_answers_as_in_single(name):
-    data, model = random_set(8, [30, 4, 17]), empty_network(tiny(model=name)).eval()
+def test_powder_cnn_in_double_precision_answers_as_in_single():
+    data, model = random_set(8, [30, 4, 17]), empty_network(tiny(model="powder_cnn")).eval()
     model.scale_to(data)
     batch = model.prepare(data).batch(torch.arange(3))
     single = model(batch)
