@@ -52,7 +52,7 @@ def strongest(data: CloudSet, limit: int = POINTS) -> Tokens:
     orientation nor on order and is never longer than `limit`; clouds of equal intensities keep
     their shortest q; absent reflections (I = 0) come last. Of more than `limit` points that are
     equal in both, none is taken: no rule could take some of them and be invariant. A pair counts
-    as one point also where both of its mates are stored.
+    as one point also where both of its mates are stored, unless they differ in I.
     """
     data = _folded(data)
     count, crystal_P = len(data), data.crystal_P
@@ -88,12 +88,16 @@ def _folded(data: CloudSet) -> CloudSet:
     """
     single_P = (data.multiplicity_P == 1) & (data.q_P3 != 0).any(dim=1)
     points = torch.nonzero(single_P)[:, 0]
+    if len(points) < 2:
+        return data
     q_P3 = data.q_P3[points].double()
     along_P = q_P3 @ q_P3.new_tensor([1.0, 2 ** (1 / 3), 2 ** (2 / 3)])
     points = points[order := along_P.abs().argsort(stable=True)]
     points = points[second := data.crystal_P[points].argsort(stable=True)]
     q_P3, crystal_P = q_P3[order][second], data.crystal_P[points]
+    first_P, second_P = data.intensity_P[points].double().unfold(0, 2, 1).T
     apart_P = (q_P3[1:] + q_P3[:-1]).norm(dim=1) > _SAME * q_P3[1:].norm(dim=1)
+    apart_P |= (first_P - second_P).abs() > _GAP * first_P
     mates_P = ~apart_P & (crystal_P[1:] == crystal_P[:-1])
     if not mates_P.any():
         return data
