@@ -20,6 +20,7 @@ from training.config import TrainingConfig
 from training.dataset import Clouds
 from training.metrics import score
 from training.split import Parts
+from training.tasks import TaskName
 from training.uncertainty import combine, doubt_and_error
 
 FloatArray = NDArray[np.float64]
@@ -69,15 +70,26 @@ def appraise(
     return plain(appraisal)
 
 
-def compare(run: Path, other: Path, config: TrainingConfig) -> dict[str, Any]:
+def predictions_of(run: Path, config: TrainingConfig, task: str) -> Path:
+    """Where a run's predictions are: of its first question, or of another that it answers."""
+    return run / ("predictions.parquet" if task == config.task else f"predictions-{task}.parquet")
+
+
+def compare(run: Path, other: Path, config: TrainingConfig, task: TaskName) -> dict[str, Any]:
     """Two evaluated runs on the same test crystals, this one minus the other.
+
+    Args:
+        config: of `run`.
+        task: the question; of a run that answers several it is another's only one, or the reverse.
 
     Raises:
         UserError: the other run has no predictions, or of other crystals or another question.
     """
     tables = []
-    for folder in (run, other):
-        path = folder / "predictions.parquet"
+    # A run of several questions has a table of its own of each but the first.
+    named = other / f"predictions-{task}.parquet"
+    rival = named if named.exists() else other / "predictions.parquet"
+    for folder, path in ((run, predictions_of(run, config, task)), (other, rival)):
         if not path.exists():
             raise UserError(f"{path}: no such file", remedy=f"xtal evaluate {folder}")
         tables.append(pq.read_table(path, filters=[("split", "=", "test")]).sort_by("id"))
@@ -91,12 +103,12 @@ def compare(run: Path, other: Path, config: TrainingConfig) -> dict[str, Any]:
             remedy="compare runs of one dataset, task, threshold and test_fraction",
         )
     target, groups = own["label"].to_numpy(), own["group"].to_pylist()
-    columns = [f"p{number}" for number in range(len(config.question.classes))]
-    value, rival = (np.stack([t[c].to_numpy() for c in columns], axis=1) for t in tables)
-    pairs = paired_bootstrap(target, value, rival, groups, resamples=config.resamples)
+    columns = [f"p{number}" for number in range(len(config.asking(task).question.classes))]
+    value, reference_NC = (np.stack([t[c].to_numpy() for c in columns], axis=1) for t in tables)
+    pairs = paired_bootstrap(target, value, reference_NC, groups, resamples=config.resamples)
     answer: dict[str, Any] = {"run": str(other), "bootstrap": _each(pairs)}
     if len(columns) == 2:
-        answer["delong"] = asdict(delong(target, value, rival, groups))
+        answer["delong"] = asdict(delong(target, value, reference_NC, groups))
     return plain(answer)
 
 
