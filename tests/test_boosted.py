@@ -114,12 +114,17 @@ def test_probabilities_of_symmetric_crystals_do_not_change_with_orientation(sphe
         assert np.abs(other - as_stored).max() < 1e-3
 
 
-def many_moved(data, tmp_path, model):
+def part_moved(data, tmp_path, model):
     """Of crystals turned and reordered, the share whose probability moves by more than 1e-4.
 
-    Trees see training crystals again, too: at their numbers they cut.
+    Trees see training crystals again, too: at their numbers they cut. The question is one that a
+    pattern can answer, so that there are many trees: strong intensities beyond
+    0.3 1/Å.
     """
-    config = tiny(model=model, task="bulk_modulus", trees=200)
+    far_P = data.intensity_P * (data.q_P3.norm(dim=1) > 0.3)
+    strong = np.bincount(data.crystal_P.numpy(), far_P.numpy(), len(data))
+    data = replace(data, labels={"bulk_modulus": 85 * strong / np.median(strong)})
+    config = tiny(model=model, task="bulk_modulus", trees=600)
     fit_members(tmp_path, data, config, identity=IDENTITY)
     trained = load_members(tmp_path, config)
     as_stored = trained.probabilities(data)
@@ -133,7 +138,7 @@ def many_moved(data, tmp_path, model):
 @pytest.mark.parametrize("model", ["boosted", "powder"])
 def test_trees_answer_alike_however_a_crystal_is_turned(model, tmp_path):
     sizes = np.random.default_rng(0).integers(30, 90, 200).tolist()
-    assert many_moved(random_set(5, sizes), tmp_path, model) <= 0.01
+    assert part_moved(random_set(5, sizes), tmp_path, model) <= 0.005
 
 
 @pytest.mark.parametrize("model", ["boosted", "powder"])
@@ -141,9 +146,7 @@ def test_trees_answer_alike_of_real_crystals(model, tmp_path):
     config = FeaturizationConfig(selection="sphere:1")
     crystals = [replace(crystal, id=f"c{n}") for n, (crystal, _) in enumerate(real_crystals(25))]
     data = cloud_set([entry_of(each, n, config) for n, each in enumerate(crystals)], config)
-    bulk = np.random.default_rng(0).uniform(10, 160, len(data))
-    data = replace(data, groups=data.ids, labels={"bulk_modulus": bulk})
-    assert many_moved(data, tmp_path, model) <= 0.01
+    assert part_moved(replace(data, groups=data.ids), tmp_path, model) <= 0.005
 
 
 def test_a_column_is_rounded_with_its_kind():
