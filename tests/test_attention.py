@@ -145,7 +145,15 @@ def chosen_slowly(data: CloudSet, n: int, limit: int) -> list[tuple[float, ...]]
     mine = slice(int(data.offsets[n]), int(data.offsets[n + 1]))
     q, intensity = data.q_P3[mine].double().numpy(), data.intensity_P[mine].double().numpy()
     square = (q**2).sum(axis=1)
-    away = np.flatnonzero(square > 0)
+    single = data.multiplicity_P[mine].numpy() == 1
+    second = [
+        any(
+            (q[i] == -q[j]).all() and abs(intensity[i] - intensity[j]) <= 1e-4 * intensity[j]
+            for j in range(i)
+        )
+        for i in range(len(q))
+    ]
+    away = np.flatnonzero((square > 0) & ~(single & np.array(second, dtype=bool)))
     key = np.log(np.maximum(intensity[away], 1e-12)) - np.log(square[away])
     ranked = away[np.argsort(-key, kind="stable")]
     values = np.sort(key)[::-1]

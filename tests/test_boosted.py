@@ -6,21 +6,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from crystals import real_crystals
 from small import random_set, tiny
 
 from cluster.errors import UserError
 from cluster.mpi import OneProcess
 from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize
+from featurization.worker import entry_of
 from training import checkpoint, domain
 from training.config import FEATURES, TrainingConfig
-from training.dataset import load
+from training.dataset import cloud_set, load
 from training.ensemble import fit_members, load_members, load_run
 from training.evaluate import evaluate_run
 from training.loop import MODEL
 from training.models import descriptors
 from training.models.boosted import Boosted
 from training.models.descriptors import invariants
+from training.models.steady import BITS, steady
 from training.rotations import random_rotations
 from training.split import Parts
 from training.train import train
@@ -109,6 +112,55 @@ def test_probabilities_of_symmetric_crystals_do_not_change_with_orientation(sphe
     for seed in range(4):
         other = trained.probabilities(turned(sphere, seed, reflected=seed % 2 == 1), rows)
         assert np.abs(other - as_stored).max() < 1e-3
+
+
+def part_moved(data, tmp_path, model):
+    """Of crystals turned and reordered, the share whose probability moves by more than 1e-4.
+
+    Trees see training crystals again, too: at their numbers they cut. The question is one that a
+    pattern can answer, so that there are many trees: strong intensities beyond
+    0.3 1/Å.
+    """
+    far_P = data.intensity_P * (data.q_P3.norm(dim=1) > 0.3)
+    strong = np.bincount(data.crystal_P.numpy(), far_P.numpy(), len(data))
+    data = replace(data, labels={"bulk_modulus": 85 * strong / np.median(strong)})
+    config = tiny(model=model, task="bulk_modulus", trees=600)
+    fit_members(tmp_path, data, config, identity=IDENTITY)
+    trained = load_members(tmp_path, config)
+    as_stored = trained.probabilities(data)
+    moved = [
+        np.abs(trained.probabilities(turned(data, seed)) - as_stored).max(axis=(0, 2))
+        for seed in range(2)
+    ]
+    return float((np.stack(moved) > 1e-4).mean())
+
+
+@pytest.mark.parametrize("model", ["boosted", "powder"])
+def test_trees_answer_alike_however_a_crystal_is_turned(model, tmp_path):
+    sizes = np.random.default_rng(0).integers(30, 90, 200).tolist()
+    assert part_moved(random_set(5, sizes), tmp_path, model) <= 0.005
+
+
+@pytest.mark.parametrize("model", ["boosted", "powder"])
+def test_trees_answer_alike_of_real_crystals(model, tmp_path):
+    config = FeaturizationConfig(selection="sphere:1")
+    crystals = [replace(crystal, id=f"c{n}") for n, (crystal, _) in enumerate(real_crystals(25))]
+    data = cloud_set([entry_of(each, n, config) for n, each in enumerate(crystals)], config)
+    assert part_moved(replace(data, groups=data.ids), tmp_path, model) <= 0.005
+
+
+def test_a_column_is_rounded_with_its_kind():
+    columns = np.array([[1000.0, 0.1234567, np.nan], [0.0, 0.0, 0.0], [-2.5e-9, 1e-9, 0.0]])
+    found = steady(columns)
+    assert np.isnan(found[0, 2])
+    assert found[0, 0] == 1000
+    assert abs(found[0, 1] - columns[0, 1]) < 1000 * 2.0 ** -(BITS + 5)
+    assert (found[1] == 0).all()
+    assert np.allclose(found[2], columns[2], rtol=2.0**-BITS, atol=0)
+    noise = 1 + 1e-7 * np.random.default_rng(0).normal(size=(500, 40))
+    numbers = np.random.default_rng(1).lognormal(0, 3, (500, 40))
+    assert (steady(numbers) != steady(numbers * noise)).mean() < 0.002
+    assert steady(columns[:0]).shape == (0, 3)
 
 
 def test_singular_values_count_what_the_crystal_system_allows(sphere):

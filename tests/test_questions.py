@@ -6,10 +6,12 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from itertools import product
 from typing import ClassVar
 
 import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from small import random_set, tiny
@@ -22,8 +24,9 @@ from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
 from training import objective
 from training.config import TrainingConfig
-from training.dataset import CloudSet
+from training.dataset import CloudSet, ends_of, load
 from training.ensemble import fit_members, load_members, load_run
+from training.evaluate import evaluate_run
 from training.identity import deciding, signature
 from training.models.build import DESCRIPTIONS, new_network
 from training.predict import predict
@@ -234,6 +237,55 @@ def test_each_question_has_its_row(dataset, labelled, tmp_path):
         predict(run, str(dataset), tmp_path / "no.csv", task="stability")
 
 
+def test_each_question_is_evaluated_as_if_it_were_the_only_one(tmp_path):
+    pairs = product(("Li", "Na", "K", "Rb", "Cs", "Mg", "Ca", "Sr", "Ba", "Zn"), "FOSNPC")
+    lines = [
+        document(f"m{n}", 3.5 + n / 40, pair, band_gap=n % 3 / 2, bulk_modulus={"vrh": 60.0 + n})
+        for n, pair in enumerate(pairs)
+    ]
+    run(write_lines(tmp_path / "s.jsonl", lines), tmp_path / "data")
+    data = load(tmp_path / "data")
+    config = {"model": "harmonic", "epochs": 1, "members": 2, "task": "bulk_modulus"}
+    train(tmp_path / "data", tmp_path / "both", tiny(**config, also=["band_gap"]))
+    train(tmp_path / "data", tmp_path / "gap", tiny(**(config | {"task": "band_gap"})))
+    answer = json.loads((tmp_path / "both" / "metrics.json").read_text())
+    alone = json.loads((tmp_path / "gap" / "metrics.json").read_text())
+    gap = answer["also"]["band_gap"]
+    assert set(alone) - set(gap) == {"best_epoch", "provenance"}
+    for name in ("calibration", "by_class", "by_crystal_system", "doubt", "confusion_matrix"):
+        assert set(gap[name]) == set(alone[name]) if isinstance(gap[name], dict) else gap[name]
+    table = pq.read_table(tmp_path / "both" / "predictions-band_gap.parquet").to_pydict()
+    trained, _ = load_run(tmp_path / "both")
+    expected = dict(
+        zip(data.ids, trained.probabilities(data, task="band_gap").mean(axis=0)[:, 1], strict=True)
+    )
+    gaps = dict(zip(data.ids, data.labels["band_gap"], strict=True))
+    assert set(table["split"]) == {"validation", "test"}
+    for id, p1, label in zip(table["id"], table["p1"], table["label"], strict=True):
+        assert p1 == pytest.approx(expected[id], abs=1e-6)
+        assert label == (gaps[id] > 0.001)
+    itself = evaluate_run(tmp_path / "both", task="band_gap", against=tmp_path / "both")
+    pairs = itself["also"]["band_gap"]["against"]["bootstrap"]
+    assert all(pair["difference"]["value"] == 0 for pair in pairs.values())
+    assert "against" not in itself
+    against = evaluate_run(
+        tmp_path / "both", task="band_gap", against=tmp_path / "gap", leaks=True
+    )["also"]["band_gap"]
+    pair = against["against"]["bootstrap"]["auroc"]
+    assert pair["reference"] == pytest.approx(alone["metrics"]["auroc"]["value"])
+    assert pair["value"] == pytest.approx(gap["metrics"]["auroc"]["value"])
+    assert against["leakage"]["by_novelty"]
+    assert (tmp_path / "both" / "leakage-band_gap.parquet").exists()
+    back = evaluate_run(tmp_path / "gap", against=tmp_path / "both")["against"]["bootstrap"]
+    assert back["auroc"]["value"] == pytest.approx(pair["reference"])
+    with pytest.raises(UserError, match="asks another question"):
+        evaluate_run(tmp_path / "both", against=tmp_path / "gap")
+    with pytest.raises(UserError, match=r"--task stability: .* was not asked about it"):
+        evaluate_run(tmp_path / "gap", task="stability")
+    said = (tmp_path / "both" / "MODEL_CARD.md").read_text()
+    assert said.count("fitted on validation") == 2
+
+
 class Spied(CloudSet):
     """Notes what is read of the columns of a crystal."""
 
@@ -282,6 +334,39 @@ def test_a_model_of_structure_sees_points_alone(model, tmp_path):
     fit_members(tmp_path, data, config, identity=IDENTITY)
     trained = load_members(tmp_path, config)
     assert np.array_equal(trained.logits(data), trained.logits(disguised(data)))
+
+
+def stored_whole(data, seed):
+    """The same clouds with both mates of each pair stored, in another order."""
+    points = torch.repeat_interleave(data.multiplicity_P)
+    second = torch.diff(points, prepend=torch.tensor([-1])) == 0
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.argsort(data.crystal_P[points] + torch.rand(len(points), generator=generator))
+    points, sign = points[order], torch.where(second[order], -1.0, 1.0)[:, None]
+    crystals = torch.bincount(data.crystal_P[points], minlength=len(data))
+    return replace(
+        data,
+        offsets=ends_of(crystals),
+        hkl_P3=data.hkl_P3[points] * sign.short(),
+        q_P3=data.q_P3[points] * sign,
+        intensity_P=data.intensity_P[points],
+        multiplicity_P=torch.ones_like(points),
+    )
+
+
+@pytest.mark.parametrize("model", STRUCTURE_ONLY)
+def test_half_a_cloud_says_what_all_of_it_says(model, tmp_path):
+    """By Friedel's law; of 40 to 99 pairs, `attention` has to leave some out."""
+    data = random_set(0, [int(n) for n in np.random.default_rng(0).integers(40, 99, 60)])
+    config = tiny(task="bulk_modulus", model=model, epochs=1, trees=40)
+    fit_members(tmp_path, data, config, identity=IDENTITY)
+    trained = load_members(tmp_path, config)
+    assert np.abs(trained.logits(data) - trained.logits(stored_whole(data, 1))).max() < 1e-4
+    # Rounding does not part mates, and a point whose mate is not there stays.
+    whole = stored_whole(data, 2)
+    jitter = 1 + 1e-7 * torch.randn(len(whole.q_P3), 1, generator=torch.Generator().manual_seed(0))
+    jittered = replace(whole, q_P3=whole.q_P3 * jitter)
+    assert np.abs(trained.logits(data) - trained.logits(jittered)).max() < 1e-3
 
 
 def test_the_formula_is_noticed_where_it_is_told():

@@ -14,7 +14,7 @@ from featurization.featurize import featurize
 from featurization.sources import open_source
 from training.dataset import load
 from training.models.atoms import contents, description, structures
-from training.models.descriptors import invariants
+from training.models.descriptors import steady_invariants
 from training.models.peaks import peaks_of
 from training.models.refining import Atoms
 
@@ -106,7 +106,7 @@ def test_contents_do_not_change_with_orientation():
 def test_what_explains_no_intensities_is_not_believed():
     data = random_set(0, [0, 1, 5, 40, 60])
     answer = description(data)
-    fixed = invariants(data)
+    fixed = steady_invariants(data)
     assert structures(data)[:2] == [None, None]
     assert np.array_equal(answer[:, : fixed.shape[1]], fixed)
     assert np.isnan(contents([None])).all()

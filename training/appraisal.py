@@ -21,6 +21,7 @@ from training.dataset import Clouds
 from training.metrics import score
 from training.numbers import paired_errors
 from training.split import Parts
+from training.tasks import TaskName
 from training.uncertainty import combine, doubt_and_error
 
 FloatArray = NDArray[np.float64]
@@ -70,19 +71,31 @@ def appraise(
     return plain(appraisal)
 
 
+def predictions_of(run: Path, config: TrainingConfig, task: str) -> Path:
+    """Where a run's predictions are: of its first question, or of another that it answers."""
+    return run / ("predictions.parquet" if task == config.task else f"predictions-{task}.parquet")
+
+
 def compare(
-    run: Path, other: Path, data: Clouds, parts: Parts, config: TrainingConfig
+    run: Path, other: Path, data: Clouds, parts: Parts, config: TrainingConfig, task: TaskName
 ) -> dict[str, Any]:
     """Two evaluated runs on the same test crystals, this one minus the other.
 
     Of a number, the errors of the number itself, as `training.numbers` has them.
 
+    Args:
+        parts: of this question.
+        config: of `run`.
+        task: the question; of a run that answers several it is another's only one, or the reverse.
+
     Raises:
         UserError: the other run has no predictions, or of other crystals or another question.
     """
     tables = []
-    for folder in (run, other):
-        path = folder / "predictions.parquet"
+    # A run of several questions has a table of its own of each but the first.
+    named = other / f"predictions-{task}.parquet"
+    rival = named if named.exists() else other / "predictions.parquet"
+    for folder, path in ((run, predictions_of(run, config, task)), (other, rival)):
         if not path.exists():
             raise UserError(f"{path}: no such file", remedy=f"xtal evaluate {folder}")
         tables.append(pq.read_table(path, filters=[("split", "=", "test")]).sort_by("id"))
@@ -96,20 +109,21 @@ def compare(
             remedy="compare runs of one dataset, task, threshold and test_fraction",
         )
     target, groups = own["label"].to_numpy(), own["group"].to_pylist()
-    columns = [f"p{number}" for number in range(len(config.question.classes))]
-    value, rival = (np.stack([t[c].to_numpy() for c in columns], axis=1) for t in tables)
-    task, drawn = config.question, {"resamples": config.resamples}
-    if task.edges:
+    asked = config.asking(task).question
+    columns = [f"p{number}" for number in range(len(asked.classes))]
+    value, reference_NC = (np.stack([t[c].to_numpy() for c in columns], axis=1) for t in tables)
+    drawn = {"resamples": config.resamples}
+    if asked.edges:
         # Both tables are in the order of the ids.
         rows = parts.rows["test"].numpy()
         rows = rows[np.argsort(data.ids[rows], kind="stable")]
-        truth = task.values(data.labels[task.label][rows])
-        pairs = paired_errors(truth, task.edges, value, rival, groups, **drawn)
+        truth = asked.values(data.labels[asked.label][rows])
+        pairs = paired_errors(truth, asked.edges, value, reference_NC, groups, **drawn)
     else:
-        pairs = paired_bootstrap(target, value, rival, groups, **drawn)
+        pairs = paired_bootstrap(target, value, reference_NC, groups, **drawn)
     answer: dict[str, Any] = {"run": str(other), "bootstrap": _each(pairs)}
     if len(columns) == 2:
-        answer["delong"] = asdict(delong(target, value, rival, groups))
+        answer["delong"] = asdict(delong(target, value, reference_NC, groups))
     return plain(answer)
 
 

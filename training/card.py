@@ -42,7 +42,7 @@ def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Markdown from the contents of config.json and metrics.json; what they hold is escaped."""
     training, featurization = recorded["training"], recorded.get("featurization", {})
     classes, counts = metrics["classes"], metrics["class_counts"]
-    made, calibrated = recorded.get("provenance", {}), metrics["calibration"]
+    made = recorded.get("provenance", {})
     fractions = training["validation_fraction"], training["test_fraction"]
     lines = [
         f"# {_plain(metrics['task'])}: {_plain(metrics['question'])}",
@@ -89,10 +89,7 @@ def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
             [[name, *row] for name, row in zip(classes, metrics["confusion_matrix"], strict=True)],
         ),
         "",
-        f"A temperature of {_number(calibrated['temperature'])}, fitted on validation, takes the "
-        f"expected calibration error from {_number(calibrated['ece'])} to "
-        f"{_number(calibrated['ece_at_temperature'])} on test. It is a diagnostic: no prediction "
-        "is scaled by it.",
+        *_calibrated(metrics["calibration"]),
         "",
         "## Settings",
         "",
@@ -172,7 +169,18 @@ def _also(others: dict[str, dict[str, Any]]) -> list[str]:
             "",
             *_results(own["metrics"]),
             "",
+            *_calibrated(own["calibration"]),
+            "",
         )
+    ]
+
+
+def _calibrated(calibration: dict[str, Any]) -> list[str]:
+    return [
+        f"A temperature of {_number(calibration['temperature'])}, fitted on validation, takes the "
+        f"expected calibration error from {_number(calibration['ece'])} to "
+        f"{_number(calibration['ece_at_temperature'])} on test. It is a diagnostic: no prediction "
+        "is scaled by it."
     ]
 
 

@@ -112,6 +112,13 @@ def evaluate(
     dataset: Annotated[
         Path | None, typer.Option(help="Where the dataset is now, if it has moved.")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="The question that --against and --leaks are about, and the one shown; default: "
+            "first."
+        ),
+    ] = None,
     against: Annotated[
         Path | None, typer.Option(help="Another run, on the same test crystals, to compare with.")
     ] = None,
@@ -124,16 +131,16 @@ def evaluate(
     """Evaluate a trained model again: metrics of the test crystals with 95 % intervals.
 
     metrics.json also has calibration, metrics by class and crystal system, and of an ensemble how
-    its doubt goes with error.
+    its doubt goes with error; of a model of several questions all that for each, in `also`.
     """
     from training.evaluate import evaluate_run
     from training.metrics_tables import show
 
-    answer = evaluate_run(run, dataset, against=against, leaks=leaks)
+    answer = evaluate_run(run, dataset, task=task, against=against, leaks=leaks)
     if as_json:
         show_json(answer)
     else:
-        show(run, answer)
+        show(run, answer.get("also", {}).get(task, answer))
 
 
 def predict(

@@ -79,15 +79,7 @@ class Trained:
         Raises:
             RunFailed: an answer is not finite.
         """
-        answer_MNC = self.shares(self.logits(data, rows), task)
-        if broken := int((~np.isfinite(answer_MNC).all(axis=(0, 2))).sum()):
-            raise RunFailed(
-                f"the model's answers to {broken:,} of {answer_MNC.shape[1]:,} crystals are not "
-                "finite numbers",
-                remedy="see whether the dataset is whole with xtal verify, then train again with a "
-                "lower learning_rate",
-            )
-        return answer_MNC
+        return finite(self.shares(self.logits(data, rows), task))
 
     def shares(
         self, logits_MNC: NDArray[np.float64], task: str | None = None
@@ -118,6 +110,22 @@ def prepare(
         return Prepared(_descriptions(config.model, data), {})
     network = new_network(config, data, train_rows)
     return Prepared(prepared(network, data, peers, folder), units_of(network))
+
+
+def finite(answer_MNC: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Answers of the members, as they are.
+
+    Raises:
+        RunFailed: some are not finite.
+    """
+    if broken := int((~np.isfinite(answer_MNC).all(axis=(0, 2))).sum()):
+        raise RunFailed(
+            f"the model's answers to {broken:,} of {answer_MNC.shape[1]:,} crystals are not "
+            "finite numbers",
+            remedy="see whether the dataset is whole with xtal verify, then train again with a "
+            "lower learning_rate",
+        )
+    return answer_MNC
 
 
 def fit_members(

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from cluster.errors import UserError
@@ -16,17 +17,20 @@ from cluster.files import replacing, write_text
 from cluster.provenance import provenance
 from featurization.crystal import ATTRIBUTION
 from featurization.manifest import read_manifest
-from training.appraisal import appraise, compare, plain
+from training.appraisal import appraise, compare, plain, predictions_of
 from training.breakdown import by_part
 from training.card import write_card
 from training.config import TrainingConfig
 from training.dataset import Clouds, open_clouds
-from training.ensemble import load_run
+from training.ensemble import finite, load_run
 from training.leakage import audit
 from training.metrics import confusion_matrix, evaluate
 from training.numbers import errors
 from training.split import Parts
+from training.tasks import TaskName
 from training.tensorboard import log_evaluation
+
+_SIDES = ("validation", "test")
 
 
 def prediction_table(
@@ -52,26 +56,37 @@ def evaluate_run(
     dataset: Path | None = None,
     *,
     data: Clouds | None = None,
+    task: str | None = None,
     against: Path | None = None,
     leaks: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the model of a training run on its test split.
 
-    Writes `predictions.parquet`, `metrics.json` and `MODEL_CARD.md` into `run` and returns the
-    content of the second.
+    Writes a table of predictions for each question (`predictions_of`), `metrics.json` and
+    `MODEL_CARD.md` into `run` and returns the content of the second: what is said of the first
+    question, and in `also` the same of each other one by its name.
 
     Args:
         dataset: where the dataset is now, when it has moved since the training.
         data: what `open_clouds` gives for it, if that is known already.
+        task: the question that `against` and `leaks` are about, by default the first.
         against: another evaluated run on the same test crystals to compare with.
         leaks: count the test crystals that have a near-duplicate in training, list them in
             `leakage.parquet`, and tell the metrics of the others apart.
 
     Raises:
-        UserError: no finished run, or a dataset of other content than the model was trained on.
+        UserError: no finished run, a dataset of other content than the model was trained on, or a
+            question that the model was not asked.
     """
     trained, recorded = load_run(run)
     config = trained.config
+    names = (config.task, *config.also)
+    about = next((name for name in names if name == (task or config.task)), None)
+    if about is None:
+        raise UserError(
+            f"--task {task}: {run} was not asked about it",
+            remedy=f"choose one of {', '.join(names)}",
+        )
     folder = dataset or Path(recorded["dataset"])
     found, asked = read_manifest(folder)["content_hash"], recorded["identity"]["content_hash"]
     if found != asked:
@@ -86,29 +101,57 @@ def evaluate_run(
             f"{run} was trained with another split of the same crystals than this version makes",
             remedy="train again, or use the version of xtal that trained it",
         )
-    sides = ("validation", "test")
-    members = {side: trained.probabilities(data, parts.rows[side]) for side in sides}
+    questions: dict[TaskName, Parts] = {config.task: parts, **parts.others}
+    held = torch.cat([own.rows[side] for own in questions.values() for side in _SIDES]).unique()
+    logits_MNC = trained.logits(data, held)
+    answers: dict[str, dict[str, Any]] = {}
+    for name, own in questions.items():
+        places = {side: torch.searchsorted(held, own.rows[side]).numpy() for side in _SIDES}
+        members = {
+            side: finite(trained.shares(logits_MNC[:, places[side]], name)) for side in _SIDES
+        }
+        table = predictions_of(run, config, name)
+        answers[name] = _question(data, own, members, config.asking(name), table)
+        if name == config.task:
+            first = members["test"].mean(axis=0)
+        if leaks and name == about:
+            leakage = table.with_name(table.name.replace("predictions", "leakage"))
+            probability_NC = members["test"].mean(axis=0)
+            answers[name]["leakage"] = _leakage(
+                leakage, data, own, probability_NC, config.asking(name)
+            )
+    if against is not None:
+        answers[about]["against"] = compare(run, against, data, questions[about], config, about)
+    answer = answers.pop(config.task)
+    if answers:
+        answer["also"] = answers
+    answer |= {"best_epoch": trained.states[0]["best_epoch"], "provenance": provenance()}
+    log_evaluation(run, data, parts, first, config.question, answer)
+    write_text(run / "metrics.json", json.dumps(answer, indent=1, ensure_ascii=False))
+    write_card(run)
+    return answer
+
+
+def _question(
+    data: Clouds,
+    parts: Parts,
+    members: dict[str, NDArray[np.float64]],
+    config: TrainingConfig,
+    table: Path,
+) -> dict[str, Any]:
+    """All that is said of one question, whose predictions are written.
+
+    Args:
+        members: split → (M, n, C) probabilities of the members, for validation and test.
+        config: asking this question alone.
+    """
     probabilities = {side: each.mean(axis=0) for side, each in members.items()}
-    with replacing(run / "predictions.parquet") as temporary:
+    with replacing(table) as temporary:
         pq.write_table(prediction_table(data, parts, probabilities), temporary)
     answer = summarize(data, parts, probabilities["test"], config)
     answer |= appraise(data, parts, members, config)
-    for task, own in parts.others.items():
-        probability_NC = trained.probabilities(data, own.rows["test"], task).mean(axis=0)
-        summary = summarize(data, own, probability_NC, config.asking(task))
-        answer.setdefault("also", {})[task] = {
-            name: summary[name] for name in ("question", "structures", "metrics", "class_counts")
-        }
     if config.question.edges:
         answer["metrics"] = plain(_number_errors(data, parts, probabilities["test"], config))
-    if leaks:
-        answer["leakage"] = _leakage(run, data, parts, probabilities["test"], config)
-    if against is not None:
-        answer["against"] = compare(run, against, data, parts, config)
-    answer |= {"best_epoch": trained.states[0]["best_epoch"], "provenance": provenance()}
-    log_evaluation(run, data, parts, probabilities["test"], config.question, answer)
-    write_text(run / "metrics.json", json.dumps(answer, indent=1, ensure_ascii=False))
-    write_card(run)
     return answer
 
 
@@ -128,7 +171,7 @@ def _number_errors(
 
 
 def _leakage(
-    run: Path,
+    path: Path,
     data: Clouds,
     parts: Parts,
     probability_NC: NDArray[np.float64],
@@ -136,7 +179,7 @@ def _leakage(
 ) -> dict[str, Any]:
     """The audit's counts, and the metrics of test crystals with and without a near-duplicate."""
     counts, table = audit(data, {side: rows.numpy() for side, rows in parts.rows.items()})
-    with replacing(run / "leakage.parquet") as temporary:
+    with replacing(path) as temporary:
         pq.write_table(table, temporary)
     test = table.filter(pc.equal(table["split"], "test"))
     novelty = np.where(test["near_count"].to_numpy() > 0, "near", "new").tolist()

@@ -37,7 +37,10 @@ def show(run: Path, answer: Mapping[str, Any]) -> None:
             rows.add_row(name, value, f"{low} … {high}", p)
         out.print(rows)
     for name, other in answer.get("also", {}).items():
-        auroc = other["metrics"]["auroc"]
-        shown = " … ".join("–" if auroc[k] is None else f"{auroc[k]:.3f}" for k in ("low", "high"))
-        out.print(f"{name}: {other['question']} AUROC {auroc['value']:.3f}, {shown}")
+        metric = "auroc" if "auroc" in other["metrics"] else next(iter(other["metrics"]))
+        value, low, high = (
+            "–" if (number := other["metrics"][metric][k]) is None else f"{number:.3f}"
+            for k in ("value", "low", "high")
+        )
+        out.print(f"{name}: {other['question']} {metric} {value}, {low} … {high}")
     out.print(f"written: {run}/metrics.json, predictions.parquet, tensorboard/", soft_wrap=True)

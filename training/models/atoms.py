@@ -23,6 +23,7 @@ from training.models import baselines, descriptors, wilson
 from training.models.indexing import lattices
 from training.models.refining import Q_MAX, Atoms, Reflections
 from training.models.solving import MOST_POINTS, own_edges, solved
+from training.models.steady import steady
 from training.models.wilson import FloatArray
 
 _REACH = 6.0  # Å
@@ -35,13 +36,16 @@ _DIFFERENCES = (
 _NOTHING = 9.0  # Å, or sums of radii: farther than any neighbour
 _BINS, _KNOTS, _SOFT = 240, 25, 0.6  # of the radial profile, of Σf², 1/Å as in `wilson`
 _TINY = 1e-9
+_DIGITS = 5  # decimals: what is nothing but rounding is 0
 _SHARE = 128  # crystals that are worth a process
 _FIRST_SIGN = np.array([1 << 20, 1 << 10, 1])  # of ±q that is taken whose first index is positive
 
 
 def description(data: CloudSet) -> NDArray[np.float32]:
-    """(N, F): `descriptors.invariants`, then `contents` of the atoms that `structures` finds."""
-    return np.concatenate([descriptors.invariants(data), contents(structures(data))], axis=1)
+    """(N, F): `steady_invariants`, then `contents` of the atoms found, rounded."""
+    found_NF = np.round(contents(structures(data)).astype(np.float64), _DIGITS)
+    columns = [steady(found_NF[:, [column]]) for column in range(found_NF.shape[1])]
+    return np.concatenate([descriptors.steady_invariants(data), *columns], axis=1, dtype=np.float32)
 
 
 def structures(data: CloudSet) -> list[Atoms | None]:

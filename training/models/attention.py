@@ -11,14 +11,14 @@ Shape legend, besides that of `training.dataset`: T tokens of a crystal (the ori
 channels and numbers a degree, E channels and components of harmonics.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot, scaled_dot_product_attention
 
-from training.dataset import CloudSet
+from training.dataset import CloudSet, ends_of
 from training.models.spherical import DEGREES, harmonics
 from training.peers import Dropout
 
@@ -28,6 +28,7 @@ LAYERS = 2
 _SHELLS = 24  # Gaussians of |q|
 _ABSENT = 1e-12  # |F|²/V² below any reflection that is present
 _GAP = 1e-4
+_SAME = 1e-5  # of |q|; a point this close to another's −q is its Friedel mate
 _ANGULAR = DEGREES[1:]
 
 
@@ -50,8 +51,10 @@ def strongest(data: CloudSet, limit: int = POINTS) -> Tokens:
     where the next value is lower by more than a part in 10⁴. Hence the choice depends neither on
     orientation nor on order and is never longer than `limit`; clouds of equal intensities keep
     their shortest q; absent reflections (I = 0) come last. Of more than `limit` points that are
-    equal in both, none is taken: no rule could take some of them and be invariant.
+    equal in both, none is taken: no rule could take some of them and be invariant. A pair counts
+    as one point also where both of its mates are stored, unless they differ in I.
     """
+    data = _folded(data)
     count, crystal_P = len(data), data.crystal_P
     square_P = data.q_P3.double().square().sum(dim=1)
     # Sorted by crystal, therein by falling key: the origin, whose key is infinite, comes first.
@@ -75,6 +78,39 @@ def strongest(data: CloudSet, limit: int = POINTS) -> Tokens:
     points_NT5 = torch.zeros(count, 1 + limit, 5, dtype=data.q_P3.dtype)
     points_NT5[crystal_P[chosen_P], slot_P] = points_P5[source_P]
     return Tokens(points_NT5)
+
+
+def _folded(data: CloudSet) -> CloudSet:
+    """One point of each pair ±q: a cloud whose mates are both stored, as a half of it would be.
+
+    Mates are next to each other in the order of |q·u|, where u is a direction that no two other
+    reflections are equally far along, so that rounding of q does not part them.
+    """
+    single_P = (data.multiplicity_P == 1) & (data.q_P3 != 0).any(dim=1)
+    points = torch.nonzero(single_P)[:, 0]
+    if len(points) < 2:
+        return data
+    q_P3 = data.q_P3[points].double()
+    along_P = q_P3 @ q_P3.new_tensor([1.0, 2 ** (1 / 3), 2 ** (2 / 3)])
+    points = points[order := along_P.abs().argsort(stable=True)]
+    points = points[second := data.crystal_P[points].argsort(stable=True)]
+    q_P3, crystal_P = q_P3[order][second], data.crystal_P[points]
+    first_P, second_P = data.intensity_P[points].double().unfold(0, 2, 1).T
+    apart_P = (q_P3[1:] + q_P3[:-1]).norm(dim=1) > _SAME * q_P3[1:].norm(dim=1)
+    apart_P |= (first_P - second_P).abs() > _GAP * first_P
+    mates_P = ~apart_P & (crystal_P[1:] == crystal_P[:-1])
+    if not mates_P.any():
+        return data
+    multiplicity_P = data.multiplicity_P.index_fill(0, points[:-1][mates_P], 2)
+    kept_P = torch.ones_like(single_P).index_fill(0, points[1:][mates_P], False)
+    return replace(
+        data,
+        offsets=ends_of(torch.bincount(data.crystal_P[kept_P], minlength=len(data))),
+        hkl_P3=data.hkl_P3[kept_P],
+        q_P3=data.q_P3[kept_P],
+        intensity_P=data.intensity_P[kept_P],
+        multiplicity_P=multiplicity_P[kept_P],
+    )
 
 
 class Attention(nn.Module):

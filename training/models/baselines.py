@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cluster.errors import UserError
 from training.dataset import CloudSet
 from training.models.powder_cnn import profiles
+from training.models.steady import steady
 
 FloatArray = NDArray[np.float64]
 Columns = dict[str, FloatArray]  # name → (N, any)
@@ -29,6 +30,7 @@ _LENGTHS = np.array(
 _SUMS = np.array([(x, y, x ^ y) for x in range(1, 8) for y in range(x + 1, 8)]) - 1
 
 _Q_MAX, _BINS, _LINES = 1.2, 30, 12  # 1/Å; of the powder pattern
+_NO_POINT = 1e-3  # of one; what is less of it near a bin is rounding of |q|
 # |q| closer than this, in 1/Å, are one line.
 _SAME_LINE = 1e-4
 
@@ -58,8 +60,8 @@ def lattice(data: CloudSet) -> NDArray[np.float32]:
 
 
 def powder(data: CloudSet) -> NDArray[np.float32]:
-    """(N, 200) features of `powder_columns`."""
-    return table(powder_columns(data))
+    """(N, 200) features of `powder_columns`, each kind rounded by `steady`."""
+    return table({name: steady(kind) for name, kind in powder_columns(data).items()})
 
 
 def composition(data: CloudSet) -> NDArray[np.float32]:
@@ -124,10 +126,10 @@ def powder_columns(data: CloudSet) -> Columns:
     whole, amplitude √I, number of points, mean intensity (NaN without points). A logarithm would
     tell trees nothing new. Twelve more are |q| and intensity of the shortest distinct |q| > 0.
     """
-    q_P = data.q_P3.norm(dim=1).numpy()
-    intensity_P = data.intensity_P.numpy()
-    sums = [profiles(data, w, _Q_MAX, _BINS) for w in (intensity_P, np.sqrt(intensity_P), q_P**0)]
-    intensity, amplitude, points = (part.astype(np.float64) for part in sums)
+    q_P = data.q_P3.double().norm(dim=1).numpy()
+    intensity_P = data.intensity_P.double().numpy()
+    weights = (intensity_P, np.sqrt(intensity_P), np.ones_like(q_P))
+    intensity, amplitude, points = (profiles(data, w, _Q_MAX, _BINS) for w in weights)
     total = intensity.sum(axis=1, keepdims=True)
     q_lines, i_lines = _lines(data, q_P, _LINES)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -136,7 +138,7 @@ def powder_columns(data: CloudSet) -> Columns:
             "fraction": intensity / total,
             "amplitude": amplitude,
             "points": points,
-            "mean": np.where(points > 0, intensity / points, np.nan),
+            "mean": np.where(points > _NO_POINT, intensity / points, np.nan),
             "total": np.concatenate([total, points.sum(axis=1, keepdims=True)], axis=1),
             "line |q|": q_lines,
             "line |q| ratio": q_lines / q_lines[:, :1],
@@ -145,7 +147,7 @@ def powder_columns(data: CloudSet) -> Columns:
         }
 
 
-def _lines(data: CloudSet, q_P: NDArray[np.float32], count: int) -> tuple[FloatArray, FloatArray]:
+def _lines(data: CloudSet, q_P: FloatArray, count: int) -> tuple[FloatArray, FloatArray]:
     """(N, count) |q| and summed intensity of the shortest distinct |q| > 0, NaN where none is."""
     crystal_P = data.crystal_P.numpy()
     order = np.lexsort((q_P, crystal_P))

@@ -31,7 +31,7 @@ _WIDTHS: dict[ModelName, int] = {"pointnet": 256, "harmonic": 256}
 
 # What a boosted model sees of each crystal, (N, F).
 DESCRIPTIONS: dict[BoostedName, Describe] = {
-    "boosted": descriptors.invariants,
+    "boosted": descriptors.steady_invariants,
     "solved": atoms.description,
     "lattice_only": baselines.lattice,
     "powder": baselines.powder,

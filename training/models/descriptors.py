@@ -4,6 +4,8 @@ Nothing here is learned, and nothing but the points is read: no cell, no index, 
 columns are is said at `invariants`.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from training.dataset import CloudSet
 from training.models import wilson
 from training.models.spherical import INTENSITIES, SHELLS, SLICES, coefficients
+from training.models.steady import steady
 
 Q_MAX = 1.2  # 1/Å, end of the radial grids; points beyond count at the end
 _UNIT = 4e-3  # e²/Å⁶, about the median intensity of inorganic crystals: where the logarithm bends
@@ -21,6 +24,8 @@ _FLOOR = 1e-5  # relative; below it a singular value is the rounding of float32
 _LEAST_POWER = 1e-7  # relative; rounding gives up to 1e-10 where symmetry allows none
 _TINY = 1e-12
 _BLOCK = 4096  # crystals described at a time, in about 0.3 GB
+
+Kinds = list[NDArray[np.float64]]
 
 
 def nothing(data: CloudSet) -> NDArray[np.float32]:
@@ -45,18 +50,28 @@ def invariants(data: CloudSet) -> NDArray[np.float32]:
       many are above the floor as the crystal's Laue group has invariants of that degree: none of
       degree 2 in a cubic crystal, one in a uniaxial one.
     """
+    return _blockwise(data, lambda kinds: kinds)
+
+
+def steady_invariants(data: CloudSet) -> NDArray[np.float32]:
+    """(N, F) `invariants`, rounded so that a tree cannot cut between two orientations."""
+    return _blockwise(data, lambda kinds: [steady(kind) for kind in kinds])
+
+
+def _blockwise(data: CloudSet, change: Callable[[Kinds], Kinds]) -> NDArray[np.float32]:
     starts = range(0, len(data) or 1, _BLOCK)
     blocks = (data.subset(np.arange(i, min(i + _BLOCK, len(data)))) for i in starts)
-    return np.concatenate([_invariants(block) for block in blocks])
+    tables = [np.concatenate(change(_invariants(block)), axis=1) for block in blocks]
+    return np.concatenate(tables).astype(data.q_P3.numpy().dtype)
 
 
-def _invariants(data: CloudSet) -> NDArray[np.float32]:
-    halves = coefficients(data, Q_MAX, _UNIT).double().numpy()
+def _invariants(data: CloudSet) -> Kinds:
+    """The columns by kind: those of one kind have one unit and like errors."""
+    halves = coefficients(data, Q_MAX, _UNIT, torch.float64).numpy()
     count, radial = profile(data)
-    columns = [halves[:, :, 0], *_distances(count, radial)]
-    columns += [wilson.statistics(data, radial, np.linspace(0, Q_MAX, _BINS + 1))]
-    columns += [_power(halves), *(_singular_values(halves, degree) for degree in (2, 4, 6))]
-    return np.concatenate(columns, axis=1).astype(data.q_P3.numpy().dtype)
+    kinds = [*np.split(halves[:, :, 0], INTENSITIES, axis=1), *_distances(count, radial)]
+    kinds += wilson.kinds(data, radial, np.linspace(0, Q_MAX, _BINS + 1))
+    return [*kinds, _power(halves), *(_singular_values(halves, degree) for degree in (2, 4, 6))]
 
 
 def profile(data: CloudSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -11,26 +11,26 @@ from torch import Tensor, nn
 from training.dataset import CloudSet
 from training.peers import Dropout
 
+FloatArray = NDArray[np.float32] | NDArray[np.float64]
+
 _BINS = 256
 _BLOCK = 4096  # crystals; the temporary arrays take tens of bytes a point
 
 
-def profiles(
-    data: CloudSet, value_P: NDArray[np.float32], q_max: float, bins: int
-) -> NDArray[np.float32]:
+def profiles(data: CloudSet, value_P: FloatArray, q_max: float, bins: int) -> NDArray[np.float64]:
     """(N, bins) sums of `value_P` over all points near |q| = bin · q_max / (bins − 1).
 
     A point is shared linearly between the two nearest bins: sums are continuous in |q|. `value_P`
     is of stored points, which count with their multiplicity.
     """
     width = bins + 2  # two more, dropped in the end, for the points beyond
-    place_P = data.q_P3.norm(dim=1).numpy() * np.float32((bins - 1) / q_max)
+    place_P = data.q_P3.double().norm(dim=1).numpy() * ((bins - 1) / q_max)
     crystal_P, offsets = data.crystal_P.numpy(), data.offsets.numpy()
-    out = np.empty((len(data), bins), dtype=np.float32)
+    out = np.empty((len(data), bins))
     for start in range(0, len(data), _BLOCK):
         stop = min(start + _BLOCK, len(data))
         points = slice(offsets[start], offsets[stop])
-        place = np.minimum(place_P[points], np.float32(bins))
+        place = np.minimum(place_P[points], bins)
         lower = place.astype(np.int64)
         slot = (crystal_P[points] - start) * width + lower
         weight = value_P[points] * data.multiplicity_P[points].numpy()
@@ -100,9 +100,9 @@ class PowderCNN(nn.Module):
         """The patterns of a set."""
         q_max = float(self.q_max)
         intensity = profiles(data, data.intensity_P.numpy(), q_max, _BINS)
-        points = profiles(data, np.ones(len(data.q_P3), dtype=np.float32), q_max, _BINS)
+        points = profiles(data, np.ones(len(data.q_P3)), q_max, _BINS)
         channels = np.stack([intensity / float(self.intensity_scale), points], axis=1)
-        return Profiles(torch.from_numpy(np.log1p(channels)))
+        return Profiles(torch.from_numpy(np.log1p(channels)).to(data.q_P3.dtype))
 
     def forward(self, pattern_BCQ: Tensor) -> Tensor:
         """(B, C) logits."""

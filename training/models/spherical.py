@@ -26,8 +26,10 @@ CHANNELS = INTENSITIES * SHELLS
 _CHUNK = 1 << 14  # points worked on at a time: their channels (6 MB) stay in the cache
 
 
-def coefficients(data: CloudSet, q_max: float, intensity_scale: float) -> Tensor:
-    """(N, A, 28) Σ over both Friedel mates of R(|q|) · g(I) · Y_ℓm(q/|q|), in the dtype of q.
+def coefficients(
+    data: CloudSet, q_max: float, intensity_scale: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(N, A, 28) Σ over both Friedel mates of R(|q|) · g(I) · Y_ℓm(q/|q|).
 
     Channel 24 g + k is intensity function g in shell k. The shells are Gaussians as wide as their
     distance, centred from 0 to `q_max`; points beyond count in the last shell. The intensity
@@ -37,17 +39,20 @@ def coefficients(data: CloudSet, q_max: float, intensity_scale: float) -> Tensor
     Args:
         q_max: 1/Å.
         intensity_scale: unit of intensity of the logarithm, in 1/Å⁶.
+        dtype: of the sums, by default that of q.
     """
-    answer_NAM = data.q_P3.new_zeros(len(data), CHANNELS, COMPONENTS)
+    dtype = dtype or data.q_P3.dtype
+    answer_NAM = torch.zeros(len(data), CHANNELS, COMPONENTS, dtype=dtype)
     spacing = q_max / (SHELLS - 1)
-    centres_K = torch.arange(SHELLS, dtype=data.q_P3.dtype)
+    centres_K = torch.arange(SHELLS, dtype=dtype)
     for rows, points_BL, weight_BL in _chunks(data):
-        q = data.q_P3[points_BL.flatten()]
+        q = data.q_P3[points_BL.flatten()].to(dtype)
         radius = q.norm(dim=1)
         direction = q / radius.clamp_min(torch.finfo(q.dtype).tiny)[:, None]
         shell = (radius / spacing).clamp_max(SHELLS - 1)
         shells_KP = torch.exp(-0.5 * (shell - centres_K[:, None]).square())
-        functions_P = _functions(data.intensity_P[points_BL.flatten()], intensity_scale)
+        intensity_P = data.intensity_P[points_BL.flatten()].to(dtype)
+        functions_P = _functions(intensity_P, intensity_scale)
         weighted_GP = torch.stack(functions_P).to(q.dtype) * weight_BL.flatten()
         channels_AP = (weighted_GP[:, None] * shells_KP).flatten(0, 1)
         answer_NAM[rows] = torch.bmm(

@@ -42,6 +42,11 @@ def statistics(data: CloudSet, radial_NB: FloatArray, q_B: FloatArray) -> FloatA
     Args:
         radial_NB: intensity, both Friedel mates, near each of the lengths `q_B` in 1/Å.
     """
+    return np.concatenate(kinds(data, radial_NB, q_B), axis=1)
+
+
+def kinds(data: CloudSet, radial_NB: FloatArray, q_B: FloatArray) -> list[FloatArray]:
+    """The columns of `statistics`, in its order, those of one unit and of like errors together."""
     lengths_Q = np.linspace(0, q_B[-1], 25)
     own_NQ = radial_NB @ own_scattering(q_B, lengths_Q)
     log_NQ = np.log(np.maximum(own_NQ, _TINY))
@@ -67,8 +72,9 @@ def statistics(data: CloudSet, radial_NB: FloatArray, q_B: FloatArray) -> FloatA
         points_N / (volume_N * (4 / 3 * np.pi * q_B[-1] ** 3)),
     ]
     distribution = _distribution(data, volume_N, log_NQ, lengths_Q)
-    columns = [log_NQ, log_NQ - log_NQ[:, :1], np.diff(log_NQ, axis=1), np.stack(cell, axis=1)]
-    return np.concatenate([*columns, distribution], axis=1)
+    logarithms = [log_NQ, log_NQ - log_NQ[:, :1], np.diff(log_NQ, axis=1)]
+    cells = [np.stack(part, axis=1) for part in (*([each] for each in cell[:7]), cell[7:])]
+    return [*logarithms, *cells, *np.split(distribution, 9, axis=1)]
 
 
 def own_scattering(q_B: FloatArray, lengths_Q: FloatArray) -> FloatArray:
