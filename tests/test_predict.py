@@ -567,7 +567,7 @@ def test_the_card_tells_of_the_other_questions(trained):
     recorded, metrics = (
         json.loads((trained / n).read_text()) for n in ("config.json", "metrics.json")
     )
-    names = ("structures", "metrics", "class_counts")
+    names = ("structures", "metrics", "class_counts", "calibration")
     own = {name: metrics[name] for name in names} | {"question": "insulator (band gap > 0.001 eV)?"}
     own["metrics"] = {"auroc": {"value": 0.8125, "low": 0.5, "high": 0.75}}
     assert "It also answers" not in card.card(recorded, metrics)
