@@ -5,15 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.config import names
 from cluster.terminal import (
     AsJson,
     ConfigFile,
     OptionsFile,
     bar,
+    completed,
     configured,
     show_json,
     summary,
 )
+from training.config import ModelName
+from training.tasks import TASKS
 
 
 def train(
@@ -22,9 +26,9 @@ def train(
     task: Annotated[
         str | None,
         typer.Option(
-            help="crystal_system, bulk_modulus, shear_modulus, band_gap, stability, or all: one "
-            "network for all that the dataset has labels of; numbers: log_bulk_modulus, "
-            "log_shear_modulus."
+            help=f"The question: {', '.join(TASKS)}; or all: one network for all classes that the "
+            "dataset has labels of.",
+            autocompletion=completed((*TASKS, "all")),
         ),
     ] = None,
     threshold: Annotated[
@@ -33,8 +37,9 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help="pointnet, harmonic, attention, powder_cnn, boosted, blend; "
-            "baselines: majority, lattice_only, powder, composition_only."
+            help=f"{', '.join(names(ModelName))}. Baselines are lattice_only, powder, "
+            "composition_only and majority.",
+            autocompletion=completed(names(ModelName)),
         ),
     ] = None,
     members: Annotated[
@@ -147,7 +152,8 @@ def predict(
     task: Annotated[
         str | None,
         typer.Option(
-            help="A question of the model, or all of them: a row for each; default: first."
+            help="A question of the model, or all of them: a row for each; default: first.",
+            autocompletion=completed((*TASKS, "all")),
         ),
     ] = None,
     processes: Annotated[
