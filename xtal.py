@@ -1,7 +1,9 @@
 """The `xtal` command: crystals → diffraction clouds → trained models → ablations → a report."""
 
+import inspect
 import os
 import sys
+import traceback
 
 import typer
 
@@ -30,6 +32,19 @@ for verbs in (featurization.commands, training.commands, ablation.commands, clus
     verbs.register(app)
 
 
+def _join_lines(verbs: typer.Typer) -> None:
+    """Make each paragraph of a docstring one line of the help: the terminal breaks it."""
+    for verb in verbs.registered_commands:
+        paragraphs = (inspect.getdoc(verb.callback) or "").split("\n\n")
+        verb.help = "\n\n".join(" ".join(each.split()) for each in paragraphs)
+    for group in verbs.registered_groups:
+        if group.typer_instance is not None:
+            _join_lines(group.typer_instance)
+
+
+_join_lines(app)
+
+
 def main() -> None:
     """Entry point: exit code 0 on success, 2 for bad input, 74 and 75 as `cluster.errors` says."""
     # Threads that wait for each other asleep: spinning makes a step four times slower as soon as
@@ -45,7 +60,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         if isinstance(error, UserError):
             complain("error", str(error))
             sys.exit(error.exit_code)
@@ -56,7 +71,8 @@ def main() -> None:
             complain("stopped" if isinstance(error, Stopped) else "failed", str(error))
             sys.exit(error.exit_code)
         complain("failed", f"{type(error).__name__}: {error}")
-        err.print("  --debug shows where")
+        if not debug:
+            err.print("  --debug shows where")
         sys.exit(1)
 
 

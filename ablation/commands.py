@@ -10,7 +10,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from cluster.errors import RunFailed, UserError
-from cluster.terminal import AsJson, OptionsFile, bar, out, show_json, summary
+from cluster.terminal import AsJson, OptionsFile, bar, completed, out, show_json, summary
+from training.tasks import TASKS
 
 
 class _Ablate(TyperGroup):
@@ -25,7 +26,8 @@ class _Ablate(TyperGroup):
 ablating = typer.Typer(
     cls=_Ablate,
     help="Perturb the input, train again, compare: xtal ablate GRID OUT runs a grid of trials, and "
-    "goes on after a crash; xtal ablate status OUT shows how far it is.",
+    "goes on after a crash; xtal ablate status OUT shows how far it is. "
+    "The options of a run: xtal ablate run --help.",
     no_args_is_help=True,
 )
 
@@ -184,7 +186,11 @@ def demo(
         str | None, typer.Option(help="Your own crystals; default: the embedded prototypes.")
     ] = None,
     task: Annotated[
-        str, typer.Option(help="The question to ask; other than crystal_system needs labels.")
+        str,
+        typer.Option(
+            help="The question to ask; other than crystal_system needs labels.",
+            autocompletion=completed(TASKS),
+        ),
     ] = "crystal_system",
     config: OptionsFile = None,
     as_json: AsJson = False,
@@ -206,7 +212,10 @@ def demo(
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="A dataset, training or grid, or a folder of them.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A dataset, training or grid, or a folder of them."),
+    ],
     every: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1)] = 10.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and stop.")] = False,
     config: OptionsFile = None,

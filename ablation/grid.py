@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ablation.perturbations import ARMS, strength_of
 from ablation.trials import REFERENCE
-from cluster.config import Config, build_config, read_toml
+from cluster.config import Config, build_config, names, read_toml
 from cluster.errors import UserError
 from training.config import ModelName, TrainingConfig
 from training.tasks import TASKS, TaskName
@@ -259,8 +259,7 @@ def read_grid(path: Path, **overrides: Any) -> GridConfig:
 
 def _is_name(name: str) -> bool:
     """Whether it names a task or a model."""
-    models = [each for part in get_args(ModelName) for each in get_args(part) or (part,)]
-    return name in TASKS or name in models
+    return name in TASKS or name in names(ModelName)
 
 
 def _without(table: dict[str, Any], path: Path, name: str) -> dict[str, Any]:

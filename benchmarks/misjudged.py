@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from benchmarks.laue import GROUPS, groups_of
-from featurization.cells import CRYSTAL_SYSTEMS, standardize
+from featurization.cells import standardize
 from featurization.config import FeaturizationConfig
-from featurization.crystal import Crystal, Reject
+from featurization.crystal import CRYSTAL_SYSTEMS, Crystal, Reject
 from featurization.manifest import read_manifest
 from featurization.sources import open_source
 from featurization.worker import crystal_of

@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -25,6 +25,15 @@ class Config(BaseModel):
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def names(kind: Any) -> tuple[str, ...]:
+    """The words of a Literal, or of a union of them, in their order."""
+    return tuple(
+        word
+        for part in get_args(kind)
+        for word in ((part,) if isinstance(part, str) else names(part))
+    )
 
 
 def read_toml(path: Path) -> dict[str, Any]:

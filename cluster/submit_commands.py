@@ -31,13 +31,14 @@ submitting = typer.Typer(
     help="Submit a verb to SLURM. What follows the two arguments goes to the verb as it is.",
     no_args_is_help=True,
 )
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="As for xtal featurize.")]
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @submitting.command("featurize", context_settings=_PASS_ON)
 def submit_featurize(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="As for xtal featurize.")],
+    source: Source,
     dataset: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the dataset.")],
     site: SiteFile,
     nodes: Nodes = 1,
@@ -56,7 +57,7 @@ def submit_featurize(
 def submit_train(
     context: typer.Context,
     dataset: Annotated[Path, typer.Argument(metavar="OUT", help="A dataset folder.")],
-    run: Annotated[Path, typer.Argument(help="Folder for the training run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder for the training run.")],
     site: SiteFile,
     nodes: Nodes = 1,
     time: Time = "60",
@@ -104,8 +105,10 @@ def submit_ablate(
 @submitting.command("all")
 def submit_all(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="As for xtal featurize.")],
-    run: Annotated[Path, typer.Argument(help="Folder for dataset/, train/ and ablation/.")],
+    source: Source,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder for dataset/, train/ and ablation/.")
+    ],
     site: SiteFile,
     nodes: Nodes = 1,
     time: Time = "60",

@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from inspect import unwrap
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -46,17 +47,41 @@ def options_from(context: typer.Context, path: Path | None) -> Path | None:
     problems = []
     for key, value in values.items():
         kind = kinds.get(options.get(key, ""))
-        allowed = {str if k is Path else k for k in (kind, *get_args(kind))} - {type(None)}
         if key not in options:
             problems.append(f"{key}: unknown key")
-        elif type(value) not in allowed:
-            names = " or ".join(k.__name__ for k in allowed if isinstance(k, type))
-            problems.append(f"{key} = {value!r}: must be {names}")
+        elif not _fits(value, kind):
+            problems.append(f"{key} = {value!r}: must be {_spoken(kind)}")
     if problems:
         remedy = f"valid keys are {', '.join(options)}"
         raise UserError(f"{path}: " + "; ".join(problems), remedy=remedy)
     context.default_map = {options[key]: value for key, value in values.items()}
     return path
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a TOML file is of an option's type; as in JSON, a path is text."""
+    try:
+        TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except (TypeError, ValueError):  # the first is of a date, which JSON does not have
+        return False
+    return True
+
+
+def _spoken(kind: Any) -> str:
+    parts = [_spoken(part) for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) is list:
+        return f"a list of {parts[0]}"
+    return " or ".join(parts) or ("str" if kind is Path else str(kind.__name__))
+
+
+def completed(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """What the shell offers for an argument or option that takes one of these words."""
+    known = list(words)
+
+    def matching(incomplete: str) -> list[str]:
+        return [word for word in known if word.startswith(incomplete)]
+
+    return matching
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")]
@@ -97,15 +122,15 @@ def show_json(result: Any) -> None:
 def bar(title: str, total: float | None, *, shown: bool = True) -> Iterator[Any]:
     """Progress: a bar in a terminal, a line now and then in a log file.
 
-    Yields a function that takes how much is done.
+    Yields a function that takes how much is done, and, once it is known, `total`.
     """
     if shown and not err.is_terminal:
         began = said = time.monotonic()
-        at = 0.0
+        at: float | None = None
 
         def line(done: float, **more: Any) -> None:
-            nonlocal said, at
-            at = done
+            nonlocal said, at, total
+            at, total = done, more.get("total", total)
             if time.monotonic() > said + _LINE_EVERY:
                 said = time.monotonic()
                 say()
@@ -116,7 +141,8 @@ def bar(title: str, total: float | None, *, shown: bool = True) -> Iterator[Any]
             err.print(f"{title}: {at:,.4g}{of} in {took}", soft_wrap=True)
 
         yield line
-        say()
+        if at is not None:  # there was something to do
+            say()
         return
     columns = (
         TextColumn("{task.description}"),

@@ -45,12 +45,18 @@ def next_url(url: str, link: str) -> str:
     """Where a link found at `url` leads; to the same host, and as safe as `url` is.
 
     Raises:
-        RunFailed: it leads elsewhere.
+        RunFailed: it leads elsewhere, or is no address.
     """
-    target = urlsplit(urljoin(url, link))
     here = urlsplit(url)
-    if target.hostname == here.hostname and here.scheme == "https":  # proxies forget their s
+    try:
+        target = urlsplit(urljoin(url, link))
         port = target.port if target.scheme == "https" else None
+    except ValueError as error:  # of brackets, or of a port
+        raise RunFailed(
+            f"{here.netloc} continues at {plain(link)!r}, which is no address: {error}",
+            remedy="tell those who run that server",
+        ) from None
+    if target.hostname == here.hostname and here.scheme == "https":  # proxies forget their s
         target = target._replace(scheme="https", netloc=f"{here.hostname}:{port or 443}")
         if (port or 443) == (here.port or 443):
             target = target._replace(netloc=here.netloc)

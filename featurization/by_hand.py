@@ -16,6 +16,7 @@ from featurization.streams import StreamBroken, json_elements, read_pieces
 
 # Documents a chunk, which is what is held in memory.
 CHUNK = 1000
+_JSON = "give .jsonl or .json files, packed or not, of the documents that the API answers with"
 
 
 def convert(
@@ -25,6 +26,7 @@ def convert(
     documents: Callable[[Path], Iterator[dict[str, Any]]],
     *,
     restart: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Write the documents of all files to `path`; returns its record, which names the files.
 
@@ -47,7 +49,7 @@ def convert(
         return about | {"from": sums}
 
     request = {"source": about["source"], "from": sums}
-    return fetched(checked_name(path), request, work, restart=restart)
+    return fetched(checked_name(path), request, work, restart=restart, say=say)
 
 
 def _unique(
@@ -75,9 +77,12 @@ def summaries(file: Path) -> Iterator[dict[str, Any]]:
     Raises:
         StreamBroken, Reject: the file breaks off, or is no JSON.
     """
-    source = open_source(str(file))
+    try:
+        source = open_source(str(file))
+    except UserError as error:  # its remedy names more than --from takes
+        raise UserError(error.problem, remedy=_JSON) from None
     if not isinstance(source, Stream):
-        raise UserError(f"{file} holds no JSON documents", remedy="give .jsonl or .json files")
+        raise UserError(f"{file} holds no JSON documents", remedy=_JSON)
     return _objects(text for _, text in source.stream())
 
 

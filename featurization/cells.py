@@ -18,16 +18,6 @@ from featurization.crystal import Crystal, FloatArray, Reject, cell_volume
 from featurization.geometry import close_pairs, inverse, motion
 from featurization.kernel import reciprocal_cell
 
-CRYSTAL_SYSTEMS = (
-    "triclinic",
-    "monoclinic",
-    "orthorhombic",
-    "tetragonal",
-    "trigonal",
-    "hexagonal",
-    "cubic",
-)
-
 # moyo warns when a supercell hides operations from the input cell's basis; we use none of those.
 logging.getLogger("moyo").setLevel(logging.ERROR)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.config import names
 from cluster.errors import RunFailed, UserError
 from cluster.mpi import agree
 from cluster.mpi import ranks as mpi_ranks
@@ -16,12 +17,14 @@ from cluster.terminal import (
     ConfigFile,
     OptionsFile,
     complain,
+    completed,
     configured,
     out,
     show_json,
     summary,
     throughput,
 )
+from featurization.config import CellName, RadiationName
 
 # Flags that are not named as what they set.
 _SPELLED = {"id_prop_label": "--label", "also_radiation": "--radiation"}
@@ -42,12 +45,16 @@ def featurize(
     radiation: Annotated[
         str | None,
         typer.Option(
-            help="xray, xray_pymatgen, neutron or electron; several with commas, such as "
-            "xray,neutron, give one intensity column each."
+            help=f"{', '.join(names(RadiationName))}; several with commas, such as "
+            "xray,neutron, give one intensity column each.",
+            autocompletion=completed(names(RadiationName)),
         ),
     ] = None,
     cell: Annotated[
-        str | None, typer.Option(help="primitive, conventional, niggli or as_given.")
+        str | None,
+        typer.Option(
+            help=f"{', '.join(names(CellName))}.", autocompletion=completed(names(CellName))
+        ),
     ] = None,
     selection: Annotated[
         str | None, typer.Option(help="miller:3 (|h|,|k|,|l| ≤ 3) or sphere:1.2 (|q| ≤ 1.2 1/Å).")

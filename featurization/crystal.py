@@ -14,6 +14,16 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+CRYSTAL_SYSTEMS = (
+    "triclinic",
+    "monoclinic",
+    "orthorhombic",
+    "tetragonal",
+    "trigonal",
+    "hexagonal",
+    "cubic",
+)
+
 # Name → unit of every label that sources give; a source may add its own (unit "").
 LABEL_UNITS = {
     "bulk_modulus": "GPa",

@@ -1,17 +1,75 @@
-"""A file from an address, after what is there of it already."""
+"""A published archive → a file, of which what is there already is kept."""
 
 import re
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
-from cluster.errors import RunFailed
+from cluster.errors import RunFailed, UserError
+from cluster.files import sha256_of
 from featurization import web
-from featurization.addresses import host_of
-from featurization.web import AGAIN, CUT, Progress, Refused, Web, reason_of, too_large
+from featurization.addresses import checked_url, host_of
+from featurization.published import Archive
+from featurization.snapshot import Snapshot, clear, fetched
+from featurization.web import AGAIN, CUT, Progress, Refused, Say, Web, reason_of, too_large
 
 # Larger than any published archive, B.
 MAX_FILE = 4 << 30
 _PIECE = 1 << 20
+
+
+def fetch(
+    archive: Archive,
+    folder: Path,
+    *,
+    url: str | None = None,
+    by_hand: Path | None = None,
+    restart: bool = False,
+    say: Say,
+    progress: Progress,
+) -> tuple[Path, dict[str, Any]]:
+    """Put an archive into a folder, under its published name; returns its path and record.
+
+    Args:
+        url: a mirror to take it from; the checksum decides.
+        by_hand: the file, downloaded already.
+
+    Raises:
+        UserError: `by_hand` is another file or comes with `url`, or one of the name is there.
+        RunFailed: the server fails, or what it gives is another file.
+    """
+    path = folder / archive.file
+    if by_hand is not None and not by_hand.is_file():
+        raise UserError(f"--from {by_hand}: no such file", remedy="give the path of the download")
+    if by_hand is not None and url is not None:
+        raise UserError(
+            f"--from {by_hand} with --url {url}: a file is taken from one place",
+            remedy="leave out --url to take the download, or --from to fetch",
+        )
+    address = checked_url(url or archive.url, "--url")
+    request = {"source": archive.source, "sha256": archive.sha256}
+
+    def work(snapshot: Snapshot) -> dict[str, Any]:
+        if by_hand is not None:
+            _check(archive, by_hand, f"--from {by_hand}", UserError)
+            shutil.copyfile(by_hand, snapshot.data)
+        else:
+            download(Web(say), address, snapshot.data, progress)
+        try:
+            _check(archive, snapshot.data, address, RunFailed)
+        except RunFailed:
+            clear(snapshot.folder)
+            raise
+        return {
+            "source": archive.source,
+            "url": str(by_hand.absolute()) if by_hand else address,
+            "structures": archive.structures,
+            "licence": archive.licence,
+            "cite": archive.cite,
+        }
+
+    return path, fetched(path, request, work, restart=restart, say=say)
 
 
 def download(session: Web, url: str, path: Path, progress: Progress) -> None:
@@ -36,7 +94,9 @@ def download(session: Web, url: str, path: Path, progress: Progress) -> None:
         failures = 1 if more else failures + 1
         if failures == web.ATTEMPTS:
             raise RunFailed(f"{host_of(url)}: {reason}", remedy=AGAIN)
-        time.sleep(web.PAUSE * 2 ** (failures - 1))
+        pause = web.PAUSE * 2 ** (failures - 1)
+        session.say(f"{host_of(url)}: {reason}; again in {pause:.0f} s")
+        time.sleep(pause)
 
 
 def _some(session: Web, url: str, path: Path, before: int, progress: Progress) -> bool:
@@ -70,3 +130,17 @@ def _some(session: Web, url: str, path: Path, before: int, progress: Progress) -
                 if done > MAX_FILE:
                     raise too_large(url, MAX_FILE)
     return not total or done == total
+
+
+def _check(
+    archive: Archive, path: Path, what: str, failure: type[UserError] | type[RunFailed]
+) -> None:
+    found = sha256_of(path)
+    if found != archive.sha256:
+        raise failure(
+            f"{what} is not {archive.file} as published: {path.stat().st_size:,} bytes with "
+            f"SHA-256 {found}, not {archive.sha256}",
+            remedy=f"take it from {archive.url}; what came is not kept"
+            if failure is RunFailed
+            else f"download {archive.url} again",
+        )

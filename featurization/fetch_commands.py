@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from cluster.errors import UserError
-from cluster.terminal import AsJson, OptionsFile, bar, err, out, show_json, summary
+from cluster.terminal import AsJson, OptionsFile, bar, completed, err, out, show_json, summary
 from featurization.addresses import checked_url
+from featurization.published import JARVIS, MATBENCH, Archive
 
 fetching = typer.Typer(
     help="Get crystals from a database, as a file for xtal featurize and a record beside it "
@@ -71,6 +72,7 @@ def fetch_mp(
             source.ABOUT,
             lambda each: map(source.trimmed, files.summaries(each)),
             restart=restart,
+            say=_say,
         )
     else:
         with bar("materials", None, shown=not as_json) as update:
@@ -125,6 +127,7 @@ def fetch_optimade(
             | {"licence": "ask the provider"},
             lambda each: map(document_of, files.structures(each)),
             restart=restart,
+            say=_say,
         )
     else:
         with bar("structures", None, shown=not as_json) as update:
@@ -140,8 +143,8 @@ def fetch_matbench(
         str,
         typer.Argument(
             metavar="TASK",
-            help="log_kvrh, log_gvrh, mp_gap, mp_is_metal, mp_e_form, perovskites, dielectric, "
-            "phonons or jdft2d.",
+            help=f"One of {', '.join(MATBENCH)}.",
+            autocompletion=completed(MATBENCH),
         ),
     ],
     folder: Folder = Path("."),
@@ -152,15 +155,25 @@ def fetch_matbench(
     as_json: AsJson = False,
 ) -> None:
     """A task of Matbench v0.1 as published, FOLDER/matbench_TASK.json.gz, checked by SHA-256."""
-    from featurization.published import MATBENCH
-
-    _archive(MATBENCH, task.removeprefix("matbench_"), folder, by_hand, url, restart, as_json)
+    _archive(
+        "task of Matbench",
+        MATBENCH,
+        task.removeprefix("matbench_"),
+        folder,
+        by_hand,
+        url,
+        restart,
+        as_json,
+    )
 
 
 @fetching.command("jarvis")
 def fetch_jarvis(
     dataset: Annotated[
-        str, typer.Argument(metavar="DATASET", help="dft_3d, the one that is there.")
+        str,
+        typer.Argument(
+            metavar="DATASET", help=f"One of {', '.join(JARVIS)}.", autocompletion=completed(JARVIS)
+        ),
     ] = "dft_3d",
     folder: Folder = Path("."),
     by_hand: OneByHand = None,
@@ -170,13 +183,12 @@ def fetch_jarvis(
     as_json: AsJson = False,
 ) -> None:
     """JARVIS-DFT as published, FOLDER/jdft_3d-12-12-2022.json.zip, checked by SHA-256."""
-    from featurization.published import JARVIS
-
-    _archive(JARVIS, dataset, folder, by_hand, url, restart, as_json)
+    _archive("dataset of JARVIS", JARVIS, dataset, folder, by_hand, url, restart, as_json)
 
 
 def _archive(
-    known: dict[str, Any],
+    what: str,
+    known: dict[str, Archive],
     name: str,
     folder: Path,
     by_hand: Path | None,
@@ -184,10 +196,12 @@ def _archive(
     restart: bool,
     as_json: bool,
 ) -> None:
-    from featurization.published import fetch
+    from featurization.download import fetch
 
     if name not in known:
-        raise UserError(f"{name!r} is not among them", remedy=f"give one of {', '.join(known)}")
+        raise UserError(
+            f"{name!r} is no {what} that has structures", remedy=f"give one of {', '.join(known)}"
+        )
     with bar(known[name].file, None, shown=not as_json) as update:
         path, record = fetch(
             known[name],
@@ -216,8 +230,8 @@ def _show(path: Path, record: dict[str, Any], as_json: bool) -> None:
     names = ("source", "provider", "database_version", "documents", "structures", "bytes")
     rows = {name.replace("_", " "): record[name] for name in names if name in record}
     rows |= {f"with {name}": count for name, count in record.get("labels", {}).items()}
-    rows |= {"SHA-256": record["sha256"], "licence": record["licence"]}
-    summary(str(path), rows)
+    summary(str(path), rows | {"licence": record["licence"]})
+    out.print(f"SHA-256: {record['sha256']}", soft_wrap=True, highlight=False)
     if "cite" in record:
         out.print(f"cite: {record['cite']}", soft_wrap=True, highlight=False)
     out.print(f"next: xtal featurize {path} DATASET", soft_wrap=True, highlight=False)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from cluster.config import build_config
 from cluster.errors import UserError
-from featurization.cells import CRYSTAL_SYSTEMS, symmetry_of
+from featurization.cells import symmetry_of
 from featurization.config import FeaturizationConfig
+from featurization.crystal import CRYSTAL_SYSTEMS
 from featurization.manifest import read_manifest
 from featurization.reflections import Diffraction, powder, reflections
 

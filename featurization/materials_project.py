@@ -85,7 +85,7 @@ def fetch(
                 remedy=f"{_WHERE}; if it is the same, your network may be blocked",
             ) from None
 
-    return fetched(checked_name(path), request, work, restart=restart)
+    return fetched(checked_name(path), request, work, restart=restart, say=say)
 
 
 def _fetch(

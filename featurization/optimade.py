@@ -45,6 +45,7 @@ def fetch(
         request,
         lambda snapshot: _pages(Web(say), snapshot, base, filter, say, progress),
         restart=restart,
+        say=say,
     )
 
 

@@ -38,9 +38,9 @@ import moyopy
 import numpy as np
 import orjson
 
-from featurization.cells import CRYSTAL_SYSTEMS, symmetry_of
+from featurization.cells import symmetry_of
 from featurization.config import RadiationName
-from featurization.crystal import Crystal, FloatArray, IntArray, Reject
+from featurization.crystal import CRYSTAL_SYSTEMS, Crystal, FloatArray, IntArray, Reject
 from featurization.geometry import close_pairs
 from featurization.radiation import form_factors
 from featurization.records import Record, listed, parsed

@@ -6,18 +6,9 @@ npj Comput. Mater. 6, 173 (2020)): the file of jarvis-tools' `dft_3d`; figshare 
 and MD5, and the SHA-256 is that of the file with both.
 """
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from cluster.errors import RunFailed, UserError
-from cluster.files import sha256_of
-from featurization.addresses import checked_url
 from featurization.crystal import ATTRIBUTION
-from featurization.download import download
-from featurization.snapshot import Snapshot, clear, fetched
-from featurization.web import Progress, Say, Web
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,70 +70,3 @@ JARVIS = {
         cite="K. Choudhary et al., npj Comput. Mater. 6, 173 (2020).",
     )
 }
-
-
-def fetch(
-    archive: Archive,
-    folder: Path,
-    *,
-    url: str | None = None,
-    by_hand: Path | None = None,
-    restart: bool = False,
-    say: Say,
-    progress: Progress,
-) -> tuple[Path, dict[str, Any]]:
-    """Put an archive into a folder, under its published name; returns its path and record.
-
-    Args:
-        url: a mirror to take it from; the checksum decides.
-        by_hand: the file, downloaded already.
-
-    Raises:
-        UserError: `by_hand` is another file or comes with `url`, or one of the name is there.
-        RunFailed: the server fails, or what it gives is another file.
-    """
-    path = folder / archive.file
-    if by_hand is not None and not by_hand.is_file():
-        raise UserError(f"--from {by_hand}: no such file", remedy="give the path of the download")
-    if by_hand is not None and url is not None:
-        raise UserError(
-            f"--from {by_hand} with --url {url}: a file is taken from one place",
-            remedy="leave out --url to take the download, or --from to fetch",
-        )
-    address = checked_url(url or archive.url, "--url")
-    request = {"source": archive.source, "sha256": archive.sha256}
-
-    def work(snapshot: Snapshot) -> dict[str, Any]:
-        if by_hand is not None:
-            _check(archive, by_hand, f"--from {by_hand}", UserError)
-            shutil.copyfile(by_hand, snapshot.data)
-        else:
-            download(Web(say), address, snapshot.data, progress)
-        try:
-            _check(archive, snapshot.data, address, RunFailed)
-        except RunFailed:
-            clear(snapshot.folder)
-            raise
-        return {
-            "source": archive.source,
-            "url": str(by_hand.absolute()) if by_hand else address,
-            "structures": archive.structures,
-            "licence": archive.licence,
-            "cite": archive.cite,
-        }
-
-    return path, fetched(path, request, work, restart=restart)
-
-
-def _check(
-    archive: Archive, path: Path, what: str, failure: type[UserError] | type[RunFailed]
-) -> None:
-    found = sha256_of(path)
-    if found != archive.sha256:
-        raise failure(
-            f"{what} is not {archive.file} as published: {path.stat().st_size:,} bytes with "
-            f"SHA-256 {found}, not {archive.sha256}",
-            remedy=f"take it from {archive.url}; what came is not kept"
-            if failure is RunFailed
-            else f"download {archive.url} again",
-        )

@@ -151,6 +151,7 @@ def fetched(
     work: Callable[[Snapshot], dict[str, Any]],
     *,
     restart: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The record of `path`, which is what `request` asks for; `work` fetches what is not there.
 
@@ -167,7 +168,9 @@ def fetched(
             if restart:
                 clear(folder)
             if path.exists() and not any(folder.iterdir()):
-                return finished(path, request)
+                record = finished(path, request)
+                say(f"{path} is there already, whole")
+                return record
             snapshot = Snapshot(path, folder, request)
             return snapshot.finish({} if snapshot.record else work(snapshot))
         finally:

@@ -58,6 +58,7 @@ class Web(requests.Session):
 
     def __init__(self, say: Say = lambda text: None, key: str = "") -> None:
         super().__init__()
+        self.say = say
         self.max_redirects = 5
         self.headers["user-agent"] = "crystal-genome (https://arxiv.org/abs/2101.01773)"
         if key:

@@ -15,9 +15,8 @@ import orjson
 import pytest
 from hypothesis import strategies as st
 
-from featurization.cells import CRYSTAL_SYSTEMS
 from featurization.cloud import Cloud
-from featurization.crystal import Crystal, FloatArray, IntArray
+from featurization.crystal import CRYSTAL_SYSTEMS, Crystal, FloatArray, IntArray
 
 SHARED = Path(__file__).parents[2] / "shared"
 

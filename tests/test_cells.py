@@ -29,8 +29,8 @@ from crystals import (
 from scipy.spatial.transform import Rotation
 
 from featurization import cells
-from featurization.cells import CRYSTAL_SYSTEMS, standardize, symmetry_of
-from featurization.crystal import Crystal, FloatArray, Reject
+from featurization.cells import standardize, symmetry_of
+from featurization.crystal import CRYSTAL_SYSTEMS, Crystal, FloatArray, Reject
 
 CELL_NAMES = ("primitive", "conventional", "niggli", "as_given")
 

@@ -1,6 +1,7 @@
 """The command line: exit codes, messages, and output that programs can read."""
 
 import gzip
+import itertools
 import json
 import os
 import pty
@@ -23,14 +24,19 @@ from tiny import broken, contents, document, write_lines
 import xtal
 from ablation.grid import GridConfig
 from ablation.record import Record
+from cluster.config import names
 from cluster.errors import UserError
 from featurization import featurize as driver
 from featurization import forecast, worker
+from featurization.config import CellName, RadiationName
 from featurization.index import build_index
 from featurization.manifest import read_manifest
+from featurization.published import JARVIS, MATBENCH
 from featurization.sources import open_source
 from training import train as training_run
+from training.config import ModelName
 from training.dataset import load
+from training.tasks import TASKS
 
 
 def commands(command, *names):
@@ -96,6 +102,49 @@ def test_help_is_there_and_fits(call, words):
     assert max(map(len, out.splitlines())) <= 80
     if not words:
         assert all(name in out for name in XTAL.commands)
+
+
+@pytest.mark.parametrize("verb", COMMANDS, ids=" ".join)
+def test_a_paragraph_of_help_is_as_wide_as_the_terminal(call, verb):
+    text = call(*verb, "--help")[1].partition("Arguments ─")[0].partition("Options ─")[0]
+    said = [line.strip() for line in text.partition("Usage")[2].splitlines()[1:]]
+    for line, after in itertools.pairwise(said):
+        if line and after:  # a word more would not have fitted
+            assert len(line) + 1 + len(after.split()[0]) > 76, line
+
+
+def test_arguments_are_shown_in_upper_case():
+    arguments = [p for c in COMMANDS.values() for p in c.params if p.param_type_name == "argument"]
+    assert len(arguments) > 10
+    odd = [p.metavar for p in arguments if not re.fullmatch(r"[A-Z]+(\.toml)?", str(p.metavar))]
+    assert odd == []
+
+
+# Words → the option or argument that takes one of these names.
+NAMED = {
+    "train --task": TASKS,
+    "train --model": names(ModelName),
+    "featurize --radiation": names(RadiationName),
+    "featurize --cell": names(CellName),
+    "fetch matbench": MATBENCH,
+    "fetch jarvis": JARVIS,
+}
+
+
+@pytest.mark.parametrize("words", NAMED)
+def test_help_and_completion_have_every_name(call, words):
+    verb = [word for word in words.split() if not word.startswith("-")]
+    assert set(NAMED[words]) <= set(re.findall(r"\w+", call(*verb, "--help")[1]))
+    command = COMMANDS[tuple(verb)]
+    asked = next(p for p in command.params if words.endswith(p.opts[0]) or (verb[1:] and p.metavar))
+    for begun in ("", next(iter(NAMED[words]))[:2]):
+        found = {each.value for each in asked.shell_complete(typer.Context(command), begun)}
+        assert found >= {name for name in NAMED[words] if name.startswith(begun)}
+        assert all(name.startswith(begun) for name in found)
+
+
+def test_the_help_of_a_group_says_where_the_options_are(call):
+    assert "xtal ablate run --help" in " ".join(call("ablate", "--help")[1].split())
 
 
 def test_no_option_has_a_twin_that_nobody_asked_for():
@@ -210,12 +259,14 @@ def test_a_bad_request_names_problem_and_remedy(call, words, problem, tmp_path, 
 
 
 @pytest.mark.parametrize("position", [0, 1, 3])
-def test_debug_shows_the_traceback(call, tmp_path, position):
+def test_debug_shows_the_traceback_and_changes_no_exit_code(call, tmp_path, position):
     words: list[str | Path] = ["train", tmp_path / "nowhere", tmp_path / "run"]
     words.insert(position, "--debug")
-    with pytest.raises(ValueError, match="is no finished dataset") as caught:
-        call(*words)
-    assert any(entry.name == "read_manifest" for entry in caught.traceback)
+    code, _, err = call(*words)
+    assert code == 2
+    assert "Traceback" in err
+    assert "in read_manifest" in err
+    assert "is no finished dataset" in err.rpartition("error: ")[2]
 
 
 def test_a_failure_of_ours_is_exit_code_1(call, dataset, tmp_path, monkeypatch):
@@ -334,6 +385,28 @@ def test_options_come_from_a_file_and_flags_go_before_it(
         assert "error: seen" in err
         assert expected in seen
         assert ({str(value), flag[1]} - {expected}).isdisjoint(seen)
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "said"),
+    [
+        (["fetch", "mp", "x.jsonl"], 'from = ["my.jsonl"]', "--from my.jsonl: no such file"),
+        (["fetch", "mp", "x.jsonl"], 'from = "my.jsonl"', "'my.jsonl': must be a list of str"),
+        (["fetch", "mp", "x.jsonl"], "from = [1]", "from = [1]: must be a list of str"),
+        (["verify", "data"], 'source = ["a", "b"]', "data is no finished dataset"),
+        (["watch", "nowhere", "--once"], "every = 5", "nowhere"),
+        (["watch", "nowhere", "--once"], "every = true", "every = True: must be float"),
+        (["ablate", "run", "nowhere.toml"], 'part = "1/2"', "nowhere.toml: no such file"),
+        (["inspect", "nowhere"], "picture = 1979-05-27", "must be str"),
+    ],
+)
+def test_a_file_has_options_of_any_type(call, tmp_path, monkeypatch, words, text, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "options.toml").write_text(text + "\n")
+    code, _, err = call(*words, "--config", "options.toml")
+    assert code == 2
+    assert said in err
+    assert ("options.toml: " in err) == ("must be" in said)
 
 
 @pytest.mark.parametrize("verb", WITH_OPTIONS)

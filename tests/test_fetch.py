@@ -23,7 +23,7 @@ from pymatgen.core import Lattice, Structure
 from tiny import ROOT, command, document, forked, write_lines
 
 from cluster.errors import RunFailed, UserError
-from featurization import by_hand, published, web
+from featurization import by_hand, download, published, web
 from featurization import materials_project as mp
 from featurization import optimade as om
 from featurization.addresses import checked_url, next_url
@@ -159,17 +159,10 @@ def test_a_bad_key_is_explained_and_never_shown(
     if key is None:
         monkeypatch.delenv("MP_API_KEY")
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    if debug:
-        with pytest.raises(UserError) as raised:
-            command(monkeypatch, "fetch", "mp", tmp_path / "a.jsonl.gz", *debug)
-        import traceback
-
-        text = "".join(traceback.format_exception(raised.value))
-    else:
-        assert command(monkeypatch, "fetch", "mp", tmp_path / "a.jsonl.gz") == 2
-        text = ""
+    assert command(monkeypatch, "fetch", "mp", tmp_path / "a.jsonl.gz", *debug) == 2
     output = capfd.readouterr()
-    text += output.out + output.err
+    text = output.out + output.err
+    assert ("Traceback" in text) == bool(debug)
     assert said in " ".join(text.split())
     assert "materialsproject.org/api" in text
     assert not key or key not in text + caplog.text
@@ -314,6 +307,12 @@ def test_a_database_that_gives_fewer_than_announced_says_so(tmp_path):
     assert record(tmp_path / "a.jsonl.gz")["announced"] == 3
 
 
+@pytest.mark.parametrize("link", ["http://[::1", "https://a.org:99999/x", "https://a.org:b/x"])
+def test_a_link_that_is_no_address_is_the_servers_fault(link):
+    with pytest.raises(RunFailed, match=r"a\.org continues at .*, which is no address"):
+        next_url("https://a.org/v1/structures", link)
+
+
 def test_links_lead_to_the_same_server_only():
     base = "https://db.org/v1/structures?page_offset=0"
     for link in (
@@ -425,7 +424,7 @@ def task(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_an_archive_goes_on_where_it_was_cut(task, tmp_path, monkeypatch, ranges):
+def test_an_archive_goes_on_where_it_was_cut(task, tmp_path, monkeypatch, capsys, ranges):
     with serving(archive(TABLE, ranges)) as server:
         url = f"{server.url}/files/1"
         server.faults = [databases.fine, databases.truncated, databases.busy(), databases.broken]
@@ -433,11 +432,36 @@ def test_an_archive_goes_on_where_it_was_cut(task, tmp_path, monkeypatch, ranges
             server.faults += [databases.fine]
         assert command(monkeypatch, "fetch", "matbench", task, tmp_path, "--url", url) == 0
     path = tmp_path / "matbench_log_kvrh.json.gz"
+    said = capsys.readouterr()
+    assert "broken: IncompleteRead" in said.err or "cut short; again in" in said.err
+    assert f"of {len(TABLE):,} in " in said.err
+    assert f"SHA-256: {hashlib.sha256(TABLE).hexdigest()}\n" in said.out
     assert path.read_bytes() == TABLE
     found = crystals(path)
     assert [round(each.labels["bulk_modulus"], 3) for each in found] == [31.623, 100.0]
     assert record(path)["url"] == url
     assert left(tmp_path) == [path.name, path.name + ".snapshot.json"]
+
+
+@pytest.mark.parametrize("known", ["task", "dataset"])
+def test_a_name_that_no_archive_has_is_told_what_there_is(known, monkeypatch, capsys):
+    verb, what = {"task": ("matbench", "Matbench"), "dataset": ("jarvis", "JARVIS")}[known]
+    assert command(monkeypatch, "fetch", verb, "steels") == 2
+    said = capsys.readouterr().err
+    assert f"'steels' is no {known} of {what} that has structures" in said
+    assert next(iter({"task": published.MATBENCH, "dataset": published.JARVIS}[known])) in said
+
+
+def test_a_finished_fetch_given_again_says_that_it_is_there(task, tmp_path, monkeypatch, capsys):
+    given = tmp_path / "download.gz"
+    given.write_bytes(TABLE)
+    words = ("fetch", "matbench", task, tmp_path / "out", "--from", given)
+    assert command(monkeypatch, *words) == 0
+    assert "there already" not in capsys.readouterr().err
+    assert command(monkeypatch, *words) == 0
+    said = capsys.readouterr().err
+    assert "matbench_log_kvrh.json.gz is there already" in said
+    assert "0 in 0.0 min" not in said
 
 
 def test_an_archive_that_is_another_file_is_not_kept(task, tmp_path, monkeypatch, capsys):
@@ -511,6 +535,17 @@ def test_documents_by_hand_become_the_same_file(project, tmp_path, monkeypatch):
     broken.write_bytes(second.read_bytes()[:-9])
     assert command(monkeypatch, "fetch", "mp", third, "--from", broken) == 2
     assert not third.exists()
+
+
+def test_a_file_that_by_hand_cannot_be_is_told_what_can(tmp_path, monkeypatch, capsys):
+    wrong = tmp_path / "grid.toml"
+    wrong.write_text("seeds = [0]\n")
+    assert command(monkeypatch, "fetch", "mp", tmp_path / "x.jsonl", "--from", wrong) == 2
+    said = capsys.readouterr().err
+    assert "grid.toml' is of no known format" in said
+    assert "remedy: give .jsonl or .json files" in said
+    assert "prototypes" not in said
+    assert "CIF" not in said
 
 
 def test_answers_by_hand_become_the_same_file(tmp_path, monkeypatch):
@@ -691,7 +726,7 @@ def fetchers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def from_archive(url: str, out: Path) -> None:
         known = published.MATBENCH["log_kvrh"]
-        published.fetch(known, out, url=f"{url}/files/1", **QUIET)
+        download.fetch(known, out, url=f"{url}/files/1", **QUIET)
 
     def from_files(url: str, out: Path) -> None:
         files = [out.parent / "given.jsonl"]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cluster.errors import UserError
 from featurization import prototypes
-from featurization.cells import CRYSTAL_SYSTEMS, standardize, symmetry_of
-from featurization.crystal import Crystal
+from featurization.cells import standardize, symmetry_of
+from featurization.crystal import CRYSTAL_SYSTEMS, Crystal
 from featurization.geometry import close_pairs
 from featurization.prototypes import Prototypes
 from featurization.sources import open_source

@@ -5,16 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.config import names
 from cluster.terminal import (
     AsJson,
     ConfigFile,
     OptionsFile,
     bar,
     complain,
+    completed,
     configured,
     show_json,
     summary,
 )
+from training.config import ModelName
+from training.tasks import TASKS
 
 
 def train(
@@ -23,9 +27,9 @@ def train(
     task: Annotated[
         str | None,
         typer.Option(
-            help="crystal_system, bulk_modulus, shear_modulus, band_gap, stability, or all: one "
-            "network for all that the dataset has labels of; numbers: log_bulk_modulus, "
-            "log_shear_modulus."
+            help=f"The question: {', '.join(TASKS)}; or all: one network for all classes that the "
+            "dataset has labels of.",
+            autocompletion=completed((*TASKS, "all")),
         ),
     ] = None,
     threshold: Annotated[
@@ -34,8 +38,9 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help="pointnet, harmonic, attention, powder_cnn, boosted, solved, blend; "
-            "baselines: majority, lattice_only, powder, composition_only."
+            help=f"{', '.join(names(ModelName))}. Baselines are lattice_only, powder, "
+            "composition_only and majority.",
+            autocompletion=completed(names(ModelName)),
         ),
     ] = None,
     members: Annotated[
@@ -155,7 +160,8 @@ def predict(
     task: Annotated[
         str | None,
         typer.Option(
-            help="A question of the model, or all of them: a row for each; default: first."
+            help="A question of the model, or all of them: a row for each; default: first.",
+            autocompletion=completed((*TASKS, "all")),
         ),
     ] = None,
     processes: Annotated[

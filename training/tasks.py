@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featurization.cells import CRYSTAL_SYSTEMS
+from featurization.crystal import CRYSTAL_SYSTEMS
 
 TaskName = Literal[
     "crystal_system",
