@@ -522,13 +522,14 @@ def test_the_card_tells_of_the_other_questions(trained):
     recorded, metrics = (
         json.loads((trained / n).read_text()) for n in ("config.json", "metrics.json")
     )
-    names = ("structures", "metrics", "class_counts")
+    names = ("structures", "metrics", "class_counts", "calibration")
     own = {name: metrics[name] for name in names} | {"question": "insulator (band gap > 0.001 eV)?"}
     own["metrics"] = {"auroc": {"value": 0.8125, "low": 0.5, "high": 0.75}}
     assert "It also answers" not in card.card(recorded, metrics)
     text = card.card(recorded, metrics | {"also": {"band_gap": own}})
     assert r"It also answers band\_gap: insulator \(band gap \> 0.001 eV\)? On" in text
     assert "| 0.812 | 0.500 … 0.750 |" in text
+    assert text.count("fitted on validation") == 2
 
 
 def test_a_run_without_results_has_no_card(tmp_path):
