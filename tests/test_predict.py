@@ -574,6 +574,7 @@ def test_the_card_tells_of_the_other_questions(trained):
     text = card.card(recorded, metrics | {"also": {"band_gap": own}})
     assert r"It also answers band\_gap: insulator \(band gap \> 0.001 eV\)? On" in text
     assert "| 0.812 | 0.500 … 0.750 |" in text
+    assert text.count("fitted on validation") == 2
 
 
 def test_a_run_without_results_has_no_card(tmp_path):
