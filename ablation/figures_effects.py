@@ -16,7 +16,7 @@ from training.figures import BLUE, COLOURS, DASHES, VERMILION
 
 SHOWN_FOREST = 45
 """Conditions that a forest plot holds; of more, those of the largest effects are drawn."""
-# Verdict → colour, mark, and whether the mark is filled.
+# Verdict → colour, mark, and whether it is decided: the mark is filled, the cell in full colour.
 _LOOK = {
     "effect": (BLUE, "s", True),
     "small effect": (BLUE, "D", True),
@@ -25,6 +25,12 @@ _LOOK = {
     "one seed": (GREY, "^", False),
 }
 _SIGNS = {"effect": "", "small effect": "", "no effect": " ≈", "undecided": " ?", "one seed": " ¹"}
+
+_PALE = 0.2
+
+
+def _verdict(effect: Effect) -> str:
+    return effect.verdict or "undecided"
 
 
 def forest(effects: Sequence[Effect], title: str) -> Figure:
@@ -37,7 +43,7 @@ def forest(effects: Sequence[Effect], title: str) -> Figure:
     axes.axvline(0, color=BLACK, linewidth=0.8)
     used: dict[str, None] = {}
     for place, effect in enumerate(rows):
-        colour, mark, filled = _LOOK[effect.verdict or "undecided"]
+        colour, mark, filled = _LOOK[_verdict(effect)]
         first = effect.verdict not in used
         used[effect.verdict] = None
         d = effect.difference
@@ -158,12 +164,13 @@ def heat_cells(studies: Sequence[Study]) -> tuple[list[str], list[str], list[lis
 
 
 def heat_map(studies: Sequence[Study]) -> Figure:
-    """Effect of each arm on each task; the sign in a cell is the verdict."""
+    """Effect of each arm on each task; a cell's sign is its verdict, without one it is pale."""
     rows, columns, table = heat_cells(studies)
     values = np.array(
         [[math.nan if e is None else e.difference.value for e in row] for row in table]
     )
     limit = float(np.nanmax(np.abs(values), initial=0.05))
+    decided = np.array([[e is not None and _LOOK[_verdict(e)][2] for e in row] for row in table])
     names = [wrapped(name, 34) for name in rows]
     # Where there are more columns than labels find room for beside each other, they stand upright.
     upright = len(columns) > 3
@@ -173,12 +180,12 @@ def heat_map(studies: Sequence[Study]) -> Figure:
     figure = Figure(figsize=size)
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    image.set_alpha(np.where(decided, 1.0, _PALE))
     for (row, column), value in np.ndenumerate(values):
         effect = table[row][column]
         if effect is not None and math.isfinite(value):
-            ink = "white" if abs(value) > 0.6 * limit else "black"
-            sign = _SIGNS[effect.verdict or "undecided"]
-            text = signed(value) + sign
+            ink = "white" if decided[row, column] and abs(value) > 0.6 * limit else "black"
+            text = signed(value) + _SIGNS[_verdict(effect)]
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
     axes.set_xticks(range(len(columns)), titles, rotation=90 if upright else 0)
     axes.set_yticks(range(len(rows)), names, fontsize=8)

@@ -4,9 +4,9 @@
 """
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, GetPydanticSchema, field_validator, model_validator
 
 from ablation.perturbations import ARMS, strength_of
 from ablation.trials import REFERENCE
@@ -72,6 +72,10 @@ class ArmChoice(Config):
         return (None,) if known is None else (float(known.default),)
 
 
+# Typed as what may be given; a validator makes choices of the names.
+_Arm = Annotated[ArmChoice | str, GetPydanticSchema(lambda _, handler: handler(ArmChoice))]
+
+
 class Exclusion(Config):
     """Trials to leave out: all whose values are among those given here."""
 
@@ -108,7 +112,7 @@ class GridConfig(Config):
     """Questions; by default the one of [training]."""
     models: tuple[ModelName, ...] = ()
     """Networks and trees; by default the one of [training]."""
-    arms: tuple[ArmChoice, ...] = tuple(ArmChoice(name=name) for name in _SIX)
+    arms: tuple[_Arm, ...] = tuple(ArmChoice(name=name) for name in _SIX)
     """Perturbations to compare, by name or as {name = "…", strengths = […]}; none is the
     reference and must be there."""
     modes: tuple[Mode, ...] = ("retrain",)
@@ -164,9 +168,9 @@ class GridConfig(Config):
         there: dict[str, set[Any]] = {
             "task": set(self.all_tasks),
             "model": set(self.all_models),
-            "arm": {arm.name for arm in self.arms},
+            "arm": {arm.name for arm in self.choices},
             "mode": set(self.modes),
-            "strength": {dose for arm in self.arms for dose in arm.doses},
+            "strength": {dose for arm in self.choices for dose in arm.doses},
             "seed": set(self.seeds),
         }
         for number, exclusion in enumerate(self.exclude):
@@ -189,6 +193,11 @@ class GridConfig(Config):
                 f"[training.{self.all_tasks[0]}]"
             )
         return self
+
+    @property
+    def choices(self) -> tuple[ArmChoice, ...]:
+        """The arms."""
+        return tuple(arm for arm in self.arms if isinstance(arm, ArmChoice))
 
     @property
     def all_tasks(self) -> tuple[TaskName, ...]:

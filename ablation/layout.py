@@ -62,7 +62,7 @@ def begin(out: Path, grid: GridConfig, manifest: dict[str, Any], data: CloudSet)
             "classes": list(task.classes),
             "class_counts": parts[name].class_counts(task.classes),
         }
-    strengths = {arm.name: ARMS[arm.name].strength for arm in grid.arms}
+    strengths = {arm.name: ARMS[arm.name].strength for arm in grid.choices}
     description = {
         "tasks": tasks,
         "models": list(grid.all_models),

@@ -92,7 +92,7 @@ def fits_of(trials: Sequence[Trial]) -> dict[str, Fit]:
 
 
 def _trials(grid: GridConfig, dataset_hash: str) -> Iterator[Trial]:
-    arms = sorted(grid.arms, key=lambda arm: arm.name != REFERENCE)
+    arms = sorted(grid.choices, key=lambda arm: arm.name != REFERENCE)
     doses = [(arm, dose) for arm in arms for dose in arm.doses]
     for seed, (arm, dose), model, task in product(
         grid.seeds, doses, grid.all_models, grid.all_tasks

@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
@@ -24,6 +25,9 @@ _WIDTH = 0.004  # 1/Å
 _INK = "#1b2a41"
 # Okabe and Ito's vermilion, which the colour blind tell from blue and yellow.
 _ACCENT = "#d55e00"
+# Strong is dark, on white paper, where the brightest yellows of cividis would not be seen.
+_COLOURS = ListedColormap(matplotlib.colormaps["cividis_r"](np.linspace(0.2, 1.0, 256)))
+_SMALLEST = 6.0  # area of a marker, points²
 _OUTLINE = withStroke(linewidth=3, foreground="white")
 
 
@@ -63,15 +67,16 @@ def _draw_cloud(axes: Any, one: Diffraction) -> None:
     q = one.hkl[shown] @ one.reciprocal
     strongest = float(one.intensity.max(initial=0.0)) or 1.0
     level = np.log10(np.clip(one.intensity[shown] / strongest, 10.0**-_DECADES, None))
-    # Markers of a crowded cloud shrink, so that they cover about as much paper as those of others.
-    size = (0.5 + 60.0 * (1.0 + level / _DECADES) ** 2) * min(1.0, 300.0 / max(len(level), 1))
+    # Large markers of a crowded cloud shrink, so that there is paper left between them.
+    largest = 60.0 * min(1.0, 300.0 / max(len(level), 1))
+    size = _SMALLEST + largest * (1.0 + level / _DECADES) ** 2
     q, level, size = np.concatenate([q, -q]), np.tile(level, 2), np.tile(size, 2)
-    # Strong is dark, on white paper; a vector file of ten thousand markers would not print.
+    # Not as vectors: a file of ten thousand markers would not print.
     points = axes.scatter(
         *q.T,
         s=size,
         c=level,
-        cmap="cividis_r",
+        cmap=_COLOURS,
         vmin=-_DECADES,
         vmax=0,
         linewidths=0,

@@ -86,10 +86,14 @@ class Reader:
             if each in self.done or each in ELSEWHERE:
                 continue
             self.done.append(each)
-            self._names = {"__name__": "__main__"}
-            for block in blocks(each):
-                if block.why is None and block.kind:
-                    self.run(block)
+            self.read_only(each)
+
+    def read_only(self, page: str) -> None:
+        """Run a page that needs nothing of those before it."""
+        self._names = {"__name__": "__main__"}
+        for block in blocks(page):
+            if block.why is None and block.kind:
+                self.run(block)
 
     def run(self, block: Block) -> None:
         """Do what a block says; a failure names the page and the line."""
@@ -106,7 +110,7 @@ class Reader:
         """A file, which its first line names."""
         named = _FILE.match(block.text)
         assert named, "the first line names no file"
-        path = (self._copy() if block.page == CHANGES_THE_PROJECT else self.folder) / named[1]
+        path = (self.copied() if block.page == CHANGES_THE_PROJECT else self.folder) / named[1]
         path.parent.mkdir(exist_ok=True)
         path.write_text(block.text, encoding="utf-8")
 
@@ -126,7 +130,7 @@ class Reader:
 
     def _sh(self, block: Block) -> None:
         if block.page == CHANGES_THE_PROJECT:
-            self._said = self._bash(block.text, self._copy())
+            self._said = self.bash(block.text, self.copied())
             return
         said = []
         for line in block.text.replace("\\\n", " ").splitlines():
@@ -134,18 +138,18 @@ class Reader:
             if words[:1] == ["xtal"] and not re.search(r"[|<>$*;&]", line):
                 said.append(_xtal(words[1:]))
             elif words:
-                said.append(self._bash(line, None))
+                said.append(self.bash(line, None))
             self._said = "".join(said)
 
     def _diff(self, block: Block) -> None:
         command = ["git", "apply", "-C1", "-v", "-"]
         done = subprocess.run(
-            command, cwd=self._copy(), input=block.text, capture_output=True, text=True
+            command, cwd=self.copied(), input=block.text, capture_output=True, text=True
         )
         self._said = done.stderr
         assert done.returncode == 0
 
-    def _bash(self, text: str, project: Path | None) -> str:
+    def bash(self, text: str, project: Path | None) -> str:
         """What the commands print, run with the project's or this checkout's `xtal`."""
         home = self.folder / "bin"
         home.mkdir(exist_ok=True)
@@ -172,7 +176,7 @@ class Reader:
         assert done.returncode == 0, f"exit code {done.returncode}"
         return done.stdout
 
-    def _copy(self) -> Path:
+    def copied(self) -> Path:
         """The project, copied once, with the dataset of the pages before."""
         if not self.project.exists():
             kept = ("cluster", "featurization", "training", "ablation", "slurm", "tests", "docs")
@@ -230,6 +234,7 @@ def crystals(path: Path) -> None:
             stream.write(json.dumps(document) + "\n")
 
 
+_FAST_OCTREE = Image.Quantize.FASTOCTREE
 PICTURES = {  # in docs/pictures → where the pages' commands write it, and its width
     "cubic.png": ("cubic.png", 1200),
     "hexagonal.png": ("hexagonal.png", 1200),
@@ -253,5 +258,6 @@ if __name__ == "__main__":  # draws docs/pictures anew
         someone = Reader(Path(scratch))
         someone.read("idea.md")
         for drawn, (written, wide) in PICTURES.items():
-            small = picture(Path(scratch) / written, wide).quantize(128)
+            # The default of few colours, the median cut, greys the rare ones.
+            small = picture(Path(scratch) / written, wide).quantize(256, _FAST_OCTREE)
             small.save(DOCS / "pictures" / drawn, optimize=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import h5py
 import nbformat
+import numpy as np
 import pytest
 import typer
 from browser import needs_chromium, seen
@@ -24,6 +25,7 @@ from manual import (
     pages,
     picture,
 )
+from matplotlib.colors import to_rgb
 from nbclient import NotebookClient
 from PIL import ImageChops, ImageStat
 from test_architecture import ORDER
@@ -31,6 +33,7 @@ from tiny import ROOT, process
 from traitlets.config import Config
 
 import xtal
+from featurization.inspection_figure import _ACCENT
 
 MOST_NOT_RUN = 8  # those that need the network
 MOST_LINES = 30
@@ -123,6 +126,29 @@ def test_changes_that_are_worked_examples_are_small() -> None:
         assert 0 < len(changed) + sum(map(len, map(str.splitlines, new))) <= MOST_LINES, title
 
 
+OTHERS = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, "tests")
+from manual import Reader
+
+for page in ("conventions.md", "api.md"):
+    Reader(Path(sys.argv[1])).read_only(page)
+"""
+
+
+def test_changes_that_are_worked_examples_leave_the_rest_true(
+    reader: Reader, tmp_path: Path
+) -> None:
+    reader.read(CHANGES_THE_PROJECT)
+    tests = "tests/test_install.py tests/test_arms.py tests/test_cli.py"
+    which = "page_of_the_house or table_of_arms or every_name"
+    reader.bash(f"pytest -q -p no:cacheprovider {tests} -k '{which}'", reader.copied())
+    (tmp_path / "others.py").write_text(OTHERS, encoding="utf-8")
+    reader.bash(f"python {tmp_path}/others.py {tmp_path}", reader.copied())
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
@@ -168,31 +194,59 @@ def test_pictures_are_what_the_pages_draw(reader: Reader) -> None:
         assert ours.size == fresh.size, f"{name}: python tests/manual.py draws it anew"
         apart = ImageStat.Stat(ImageChops.difference(ours, fresh)).mean
         assert max(apart) < 4, f"{name}: python tests/manual.py draws it anew"  # of 255
+        if name in ("cubic.png", "hexagonal.png"):  # not a grey like it
+            accent = 255 * np.array(to_rgb(_ACCENT))
+            near = np.abs(np.asarray(ours) - accent).max(axis=-1) < 8
+            assert near.sum() > 50, f"{name}: python tests/manual.py draws it anew"
     cubic, hexagonal = (
         picture(DOCS / "pictures" / f"{n}.png", 300) for n in ("cubic", "hexagonal")
     )
     assert max(ImageStat.Stat(ImageChops.difference(cubic, hexagonal)).mean) > 4
 
 
+def programs() -> dict[str, str]:
+    """The programs of the page about Python and of the notebook."""
+    notebook = nbformat.read(DOCS / "tour.ipynb", as_version=4)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return {
+        "page": "".join(block.text for block in blocks("api.md") if block.kind == "python"),
+        "notebook": re.sub(r"^%.*", "", "\n".join(cells), flags=re.M),
+    }
+
+
+def test_documented_programs_are_typed(tmp_path: Path) -> None:
+    for name, text in programs().items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--strict"]
+    command += ["--cache-dir", ROOT / ".mypy_cache", *tmp_path.glob("*.py")]
+    done = process(command, timeout=600, MYPYPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_reference_has_what_the_notebook_and_the_examples_import() -> None:
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\.\. auto\w+:: (\S+)$", page, re.M))
-    notebook = nbformat.read(DOCS / "tour.ipynb", as_version=4)
-    texts = [block.text for block in blocks("api.md") if block.kind == "python"]
-    texts += [
-        re.sub(r"^%.*", "", cell.source, flags=re.M)
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-    ]
     used = {
         f"{node.module}.{name.name}"
-        for text in texts
+        for text in programs().values()
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in ORDER
         for name in node.names
     }
     assert len(used) > 10
     assert used - listed == set()
+
+
+def test_the_page_about_the_report_says_where_its_tables_lie(reader: Reader) -> None:
+    reader.read("report.md")
+    folder = reader.folder / "ablation"
+    text = (DOCS / "report.md").read_text(encoding="utf-8").partition("From top to")[0]
+    beside = set(re.findall(r"`(\w+)\.parquet`", text))
+    assert all((folder / f"{name}.parquet").is_file() for name in beside)
+    in_two_forms = [
+        {p.stem for p in folder.glob(f"tables/*.{kind}")} for kind in ("csv", "parquet")
+    ]
+    assert in_two_forms[0] - in_two_forms[1] == beside
 
 
 def layout(path: Path) -> dict[str, tuple[str, str, str]]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ablation.figures import _STYLE, GREY, wrapped
 from ablation.figures_effects import forest, heat_map
@@ -136,6 +137,36 @@ def test_columns_and_cells_of_a_heat_map_do_not_touch(tasks, models):
     studies = [SimpleNamespace(task=name, primary="auroc", effects=found) for name in names[:tasks]]
     with matplotlib.rc_context(_STYLE):
         assert touching(heat_map(studies)) == []
+
+
+@pytest.mark.parametrize("verdict", ["undecided", "one seed", None])
+def test_a_cell_without_a_verdict_is_pale(verdict):
+    large = Interval(0.5, -0.1, 1.1)
+    found = [
+        Effect(
+            Condition("a", arm, None, "retrain"),
+            0.9,
+            0.8,
+            large,
+            3,
+            0.01,
+            said,
+            {"metric": "auroc"},
+        )
+        for arm, said in (("intensity_binary", verdict), ("directions_random", "effect"))
+    ]
+    figure = heat_map([SimpleNamespace(task="stability", primary="auroc", effects=found)])
+    figure.set_dpi(50)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+    axes = figure.axes[0]
+    shades = []
+    for row in (0, 1):
+        x, y = axes.transData.transform((0.4, row))
+        at = pixels[len(pixels) - 1 - int(y), int(x)]
+        shades.append(at.max() - at.min())
+    assert shades[0] < 0.3 * shades[1]
 
 
 def test_a_mode_stays_in_one_piece():

@@ -399,6 +399,19 @@ def test_the_picture_shows_both_mates_and_the_basis(folder):
     assert "no Lorentz" in pattern.get_title()
 
 
+def test_every_point_of_the_picture_can_be_seen(folder):
+    def luminance(colour):
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        return np.dot(parts, (0.2126, 0.7152, 0.0722))
+
+    figure = inspection_figure.crystal_figure(read_diffraction(folder, "pyrite"))
+    points = figure.axes[0].collections[0]
+    assert points.get_sizes().min() >= 3
+    palest = np.array(points.cmap(0.0)[:3])
+    shown = 1 - points.get_alpha() * (1 - palest)  # on white
+    assert 1.05 / (luminance(shown) + 0.05) > 1.6  # the contrast of WCAG
+
+
 def test_a_failed_picture_leaves_the_old_one(folder, tmp_path, monkeypatch, shown):
     (tmp_path / "a.png").write_text("old")
 
