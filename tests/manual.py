@@ -234,7 +234,6 @@ def crystals(path: Path) -> None:
             stream.write(json.dumps(document) + "\n")
 
 
-_FAST_OCTREE = Image.Quantize.FASTOCTREE
 PICTURES = {  # in docs/pictures → where the pages' commands write it, and its width
     "cubic.png": ("cubic.png", 1200),
     "hexagonal.png": ("hexagonal.png", 1200),
@@ -258,6 +257,4 @@ if __name__ == "__main__":  # draws docs/pictures anew
         someone = Reader(Path(scratch))
         someone.read("idea.md")
         for drawn, (written, wide) in PICTURES.items():
-            # The default of few colours, the median cut, greys the rare ones.
-            small = picture(Path(scratch) / written, wide).quantize(256, _FAST_OCTREE)
-            small.save(DOCS / "pictures" / drawn, optimize=True)
+            picture(Path(scratch) / written, wide).save(DOCS / "pictures" / drawn, optimize=True)
