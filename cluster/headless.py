@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from cluster.attempt import requeue_if_running
 from cluster.errors import RunFailed
@@ -20,7 +21,20 @@ from cluster.files import append_line
 from cluster.slurm import first_node_lost
 
 _PERIOD = 15.0  # s between two questions to the controller
-_SRUN = ("srun", "--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--overlap", "--mem=0", "--quiet")
+# Ray sets the limits of a step by its own counts; none must wait for the end of another.
+_SRUN = ("srun", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0", "--quiet")
+
+
+def step(node: str, cpus: int, words: Sequence[str], **more: Any) -> "subprocess.Popen[bytes]":
+    """A step of the job on one node, that reads from a pipe and whose end is ordered by it."""
+    environment = {k: v for k, v in os.environ.items() if k != "SLURM_CPU_BIND"}
+    return subprocess.Popen(
+        [*_SRUN, f"--nodelist={node}", f"--cpus-per-task={cpus}", *words],
+        stdin=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+        **more,
+    )
 
 
 class Guard:
@@ -36,14 +50,8 @@ class Guard:
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        words = [*_SRUN, f"--nodelist={self._names[0]}", sys.executable, "-m", __name__]
-        environment = {k: v for k, v in os.environ.items() if k != "SLURM_CPU_BIND"}
-        return subprocess.Popen(
-            [*words, self._job, str(self._log)],
-            stdin=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # its end is ordered by a word
-        )
+        words = [sys.executable, "-m", __name__, self._job, str(self._log)]
+        return step(self._names[0], 1, words)
 
     def lose(self, name: str) -> None:
         """Take note of a lost node."""

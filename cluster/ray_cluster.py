@@ -26,7 +26,7 @@ from typing import IO, Any
 from cluster.attempt import say
 from cluster.errors import RunFailed, Stopped, UserError
 from cluster.files import disk_explained, write_text
-from cluster.headless import Guard
+from cluster.headless import Guard, step
 from cluster.ray_session import JOB, JobRay
 
 GRAFANA = Path(__file__).with_name("grafana")
@@ -34,8 +34,6 @@ PROMETHEUS, TARGETS = "prometheus.yml", "targets.json"
 ADDRESS, OF_JOB = "dashboard-{}.json", "targets-{}.json"  # by the number of the job
 _JOINING = 180.0  # time for a node to join, s
 _ENDING = 15.0  # time for a node to end what it started, s
-# Ray sets the limits of a step by its own counts, and must not wait for another step to end.
-_SRUN = ("srun", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0", "--quiet")
 
 
 def hostnames() -> list[str]:
@@ -65,20 +63,11 @@ class _Node:
         self.name, self._log = name, log
         self.report: dict[str, Any] | None = None
         self._said = b""
-        words = [*_SRUN, f"--nodelist={name}", f"--cpus-per-task={cpus}"]
         container = os.environ.get("XTAL_CONTAINER")
-        words += [container, "python"] if container else [sys.executable]
+        words = [container, "python"] if container else [sys.executable]
         words += ["-m", "cluster.ray_node", f"--cores={cpus}", *arguments]
-        environment = {k: v for k, v in os.environ.items() if k != "SLURM_CPU_BIND"}
         with log.open("ab") as stream:
-            self._process = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stream,
-                env=environment,
-                start_new_session=True,  # its end is ordered below
-            )
+            self._process = step(name, cpus, words, stdout=subprocess.PIPE, stderr=stream)
         assert self._process.stdin is not None
         self._process.stdin.write(token.encode() + b"\n")
         self._process.stdin.flush()

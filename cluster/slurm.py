@@ -147,6 +147,22 @@ def submit(words: Sequence[str], environment: dict[str, str]) -> str:
         UserError: SLURM refuses it.
         RunFailed: it does not answer.
     """
+    return _sbatch(words, environment).stdout.strip().partition(";")[0]
+
+
+def start_of(words: Sequence[str], environment: dict[str, str]) -> str:
+    """When SLURM expects to start the job of an sbatch line, which is not submitted by this.
+
+    Raises:
+        UserError: SLURM would refuse it: account, quality of service, limits, licences, ….
+        RunFailed: it does not answer.
+    """
+    done = _sbatch([words[0], "--test-only", *words[1:]], environment)
+    found = re.search(r"to start at (\S+)", done.stderr)
+    return found[1] if found else ""
+
+
+def _sbatch(words: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, check=False, env=environment, timeout=_SECONDS
@@ -162,20 +178,7 @@ def submit(words: Sequence[str], environment: dict[str, str]) -> str:
     if done.returncode:
         said = re.sub("^(sbatch: error|allocation failure): ", "", done.stderr.strip(), flags=re.M)
         raise UserError(f"SLURM refuses the job: {said}", remedy="change the site file or the call")
-    # With --test-only what there is to say stands on the other channel.
-    return done.stdout.strip().partition(";")[0] or done.stderr.strip()
-
-
-def start_of(words: Sequence[str], environment: dict[str, str]) -> str:
-    """When SLURM expects to start the job of an sbatch line, which is not submitted by this.
-
-    Raises:
-        UserError: SLURM would refuse it: account, quality of service, limits, licences, ….
-    """
-    found = re.search(
-        r"to start at (\S+)", submit([words[0], "--test-only", *words[1:]], environment)
-    )
-    return found[1] if found else ""
+    return done
 
 
 def partition_limits(name: str | None) -> dict[str, str]:
