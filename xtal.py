@@ -1,6 +1,7 @@
 """The `xtal` command: crystals → diffraction clouds → trained models → ablations → a report."""
 
 import inspect
+import io
 import os
 import sys
 import traceback
@@ -15,6 +16,8 @@ from cluster.errors import RunFailed, Stopped, UserError
 from cluster.files import disk_explained
 from cluster.terminal import complain, err
 from featurization.fetch_commands import fetching
+
+_INTERRUPTED = 130  # typer's exit code of a KeyboardInterrupt
 
 app = typer.Typer(
     name="xtal",
@@ -46,18 +49,22 @@ _join_lines(app)
 
 
 def main() -> None:
-    """Entry point: exit code 0 on success, 2 for bad input, 74 and 75 as `cluster.errors` says."""
+    """Entry point: exit code 0 on success, 2 for bad input, 74 and 75 as `cluster.errors` says,
+    130 interrupted."""
     # Threads that wait for each other asleep: spinning makes a step four times slower as soon as
     # another process wants the cores. OpenMP reads this when torch is imported, in the verbs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an Å where the terminal's encoding has none
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
         with disk_explained():
             app(arguments)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:
+            err.print("interrupted")
+        raise
     except Exception as error:
         if debug:
             traceback.print_exc()

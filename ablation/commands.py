@@ -13,9 +13,15 @@ from cluster.errors import RunFailed, UserError
 from cluster.terminal import AsJson, OptionsFile, bar, completed, out, show_json, summary
 from training.tasks import TASKS
 
+_BUILT_IN = sorted(path.stem for path in (Path(__file__).parent / "grids").glob("*.toml"))
+
 
 class _Ablate(TyperGroup):
     """`xtal ablate GRID.toml OUT` is `xtal ablate run GRID.toml OUT`."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        argument = self.commands["run"].params[0]
+        return super().shell_complete(ctx, incomplete) + argument.shell_complete(ctx, incomplete)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "--help"):
@@ -43,7 +49,9 @@ def ablate(
     grid: Annotated[
         Path,
         typer.Argument(
-            metavar="GRID", help="A TOML file, or one that is built in: quick, paper, full."
+            metavar="GRID",
+            help=f"A TOML file, or one that is built in: {', '.join(_BUILT_IN)}.",
+            autocompletion=completed(_BUILT_IN),
         ),
     ],
     folder: Annotated[

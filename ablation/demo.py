@@ -109,9 +109,9 @@ def _sentences(folder: Path, training: TrainingConfig) -> tuple[str, ...]:
         "Its change when the pattern is perturbed and the network trained again:",
     ]
     for row in (r for r in effects if r["metric"] == "auroc"):
-        resolved = row["low"] > 0 or row["high"] < 0
-        note = "" if resolved else "  (not resolved from zero)"
-        lines.append(f"  {row['arm']:<20}{_with_interval(row, 'difference', '+')}{note}")
+        lines.append(
+            f"  {row['arm']:<20}{_with_interval(row, 'difference', '+')}  {row['verdict']}"
+        )
     return tuple(lines)
 
 

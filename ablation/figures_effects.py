@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from ablation.contrast import signed
 from ablation.figures import BLACK, GREY, WIDTH, panels, row_height, wrapped
@@ -217,6 +217,7 @@ def contrast_figure(rows: Sequence[Row], title: str) -> Figure:
         axes.axvline(0, color=BLACK, linewidth=0.8)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     left.set_yticks(list(places), [wrapped(row["task"], 20) for row in rows])
     right.yaxis.tick_right()
     right.set_yticks(list(places), [row["verdict"] for row in rows])

@@ -229,7 +229,7 @@ def read_grid(path: Path, **overrides: Any) -> GridConfig:
         path: a file, or the name of one in `grids/`, such as paper.
 
     Raises:
-        UserError: naming each wrong key or value.
+        UserError: naming each wrong key or value, or that no dataset is given.
     """
     shipped = GRIDS / f"{path.name}.toml"
     if not path.exists() and path.parent == Path() and shipped.exists():
@@ -263,6 +263,9 @@ def read_grid(path: Path, **overrides: Any) -> GridConfig:
     given = {key: value for key, value in overrides.items() if value is not None}
     if "dataset" in values and "dataset" not in given:
         values["dataset"] = str((path.parent / str(values["dataset"])).resolve())
+    if "dataset" not in values | given:
+        ours = "" if path == shipped else f', or write dataset = "DATA" into {path}'
+        raise UserError(f"{path}: dataset: not given", remedy=f"give --dataset DATA{ours}")
     return build_config(GridConfig, values | given, where=str(path))
 
 

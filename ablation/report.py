@@ -98,10 +98,7 @@ def _page(
         shown_forest=SHOWN_FOREST,
         arms=_arms(report),
         run_facts=_run_facts(report),
-        data_facts=report_text.flattened(
-            {"dataset": Path(report.dataset).name, **report.place.summary, **report.dataset_summary}
-            | ({} if report.place.root is None else {"dataset": report.place.root.name})
-        ),
+        data_facts=report_text.flattened(_data_facts(report)),
         provenance=report_text.flattened(report.provenance),
         clouds=clouds,
         cloud_study=first,
@@ -204,6 +201,18 @@ def _class_counts(study: Study) -> list[tuple[str, list[int], int]]:
         of_class = [counts.get(name, 0) for name in study.classes]
         rows.append((split, of_class, sum(of_class)))
     return rows
+
+
+def _data_facts(report: Report) -> dict[str, Any]:
+    rest = {**report.place.summary, **report.dataset_summary}
+    sources = rest.pop("sources", None)
+    facts: dict[str, Any] = {"dataset": (report.place.root or Path(report.dataset)).name}
+    for number, source in enumerate(sources if isinstance(sources, list) else [], start=1):
+        # How its records were counted and which of them are crystals is no reader's concern.
+        texts = {k: v for k, v in source.items() if isinstance(v, str) and k != "path"}
+        title = "source" if len(sources) == 1 else f"source {number}"
+        facts[title] = texts | {"records": source.get("records")}
+    return facts | rest
 
 
 def _run_facts(report: Report) -> list[tuple[str, str]]:

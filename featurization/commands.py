@@ -24,8 +24,9 @@ from cluster.terminal import (
     summary,
     throughput,
 )
-from featurization.config import CellName, RadiationName
+from featurization.config import CellName, FeaturizationConfig, RadiationName
 
+_DEFAULTS = FeaturizationConfig()
 # Flags that are not named as what they set.
 _SPELLED = {"id_prop_label": "--label", "also_radiation": "--radiation"}
 
@@ -46,26 +47,43 @@ def featurize(
         str | None,
         typer.Option(
             help=f"{', '.join(names(RadiationName))}; several with commas, such as "
-            "xray,neutron, give one intensity column each.",
+            f"xray,neutron, give one intensity column each. Default: {_DEFAULTS.radiation}.",
             autocompletion=completed(names(RadiationName)),
         ),
     ] = None,
     cell: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(names(CellName))}.", autocompletion=completed(names(CellName))
+            help=f"{', '.join(names(CellName))}; default: {_DEFAULTS.cell}.",
+            autocompletion=completed(names(CellName)),
         ),
     ] = None,
     selection: Annotated[
-        str | None, typer.Option(help="miller:3 (|h|,|k|,|l| ≤ 3) or sphere:1.2 (|q| ≤ 1.2 1/Å).")
+        str | None,
+        typer.Option(
+            help="miller:3 (|h|,|k|,|l| ≤ 3) or sphere:1.2 (|q| ≤ 1.2 1/Å); "
+            f"default: {_DEFAULTS.selection}."
+        ),
     ] = None,
-    symprec: Annotated[float | None, typer.Option(help="Symmetry tolerance in Å.")] = None,
-    b_iso: Annotated[float | None, typer.Option(help="Debye–Waller B in Å².")] = None,
+    symprec: Annotated[
+        float | None,
+        typer.Option(help=f"Symmetry tolerance in Å; default: {_DEFAULTS.symprec}."),
+    ] = None,
+    b_iso: Annotated[
+        float | None, typer.Option(help=f"Debye–Waller B in Å²; default: {_DEFAULTS.b_iso:g}.")
+    ] = None,
     occupancy: Annotated[
-        str | None, typer.Option(help="Partly occupied sites: average or reject.")
+        str | None,
+        typer.Option(
+            help=f"Partly occupied sites: average or reject; default: {_DEFAULTS.occupancy}."
+        ),
     ] = None,
     label: Annotated[
-        str | None, typer.Option(help="Name of the values in an id_prop.csv without header row.")
+        str | None,
+        typer.Option(
+            help="Name of the values in an id_prop.csv without header row; default: "
+            f"{_DEFAULTS.id_prop_label}."
+        ),
     ] = None,
     append: Annotated[
         bool, typer.Option("--append", help="Add the new ids of SOURCE to the dataset in OUT.")
@@ -83,7 +101,6 @@ def featurize(
     Runs on one core as it is, on many under `mpiexec -n 8` or srun.
     After any interruption the same command goes on, with any number of ranks.
     """
-    from featurization.config import FeaturizationConfig
     from featurization.featurize import featurize as run
     from featurization.forecast import forecast
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from small import TINY, tiny
+from tiny import ROOT
 
 from ablation import claim, layout, perturbations
 from ablation.claim import CLAIM, driving, read_claim
@@ -191,6 +193,9 @@ def test_the_grids_that_come_with_the_program(name, least, most):
         read_grid(Path(name))
     planned = plan(read_grid(Path(name), dataset="x"), HASH)
     assert least <= len(planned) <= most
+    said = re.search(rf"`{name}` \(([\d,]+)", (ROOT / "docs/your-data.md").read_text("utf-8"))
+    assert said is not None
+    assert len(planned) == int(said[1].replace(",", ""))
     tasks = {trial.training.task for trial in planned}
     assert len(tasks) == (1 if name == "quick" else 5)
     arms = {trial.arm for trial in planned}

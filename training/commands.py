@@ -17,8 +17,10 @@ from cluster.terminal import (
     show_json,
     summary,
 )
-from training.config import ModelName
+from training.config import ModelName, TrainingConfig
 from training.tasks import TASKS
+
+_DEFAULTS = TrainingConfig()
 
 
 def train(
@@ -28,34 +30,46 @@ def train(
         str | None,
         typer.Option(
             help=f"The question: {', '.join(TASKS)}; or all: one network for all classes that the "
-            "dataset has labels of.",
+            f"dataset has labels of. Default: {_DEFAULTS.task}.",
             autocompletion=completed((*TASKS, "all")),
         ),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Cut between the classes, in the label's unit.")
+        float | None,
+        typer.Option(help="Cut between the classes, in the label's unit; default: the task's."),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             help=f"{', '.join(names(ModelName))}. Baselines are lattice_only, powder, "
-            "composition_only and majority.",
+            f"composition_only and majority. Default: {_DEFAULTS.model}.",
             autocompletion=completed(names(ModelName)),
         ),
     ] = None,
     members: Annotated[
-        int | None, typer.Option(help="Models of an ensemble; their spread is the uncertainty.")
+        int | None,
+        typer.Option(
+            help="Models of an ensemble; their spread is the uncertainty. "
+            f"Default: {_DEFAULTS.members}."
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help=f"Passes over the training set; default: {_DEFAULTS.epochs}."),
+    ] = None,
     init: Annotated[
         str | None, typer.Option(help="A finished run whose weights the network begins with.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Weights, order and rotations.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help=f"Weights, order and rotations; default: {_DEFAULTS.seed}."),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
             help="Processes that share each batch; 0: one a GPU, without GPUs one a node of the "
-            "job, unless the configuration or the model says otherwise."
+            "job, unless the configuration or the model says otherwise. "
+            f"Default: {_DEFAULTS.workers}."
         ),
     ] = None,
     config: ConfigFile = None,
@@ -66,7 +80,6 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a classifier on a dataset and evaluate it on the held-out test crystals."""
-    from training.config import TrainingConfig
     from training.distributed import whole_job
     from training.metrics_tables import show
     from training.timing import expect
@@ -173,7 +186,7 @@ def predict(
     """Predict crystals with a trained model: one row each, in the order of the sources.
 
     What cannot be read is a row with a reason. lower and upper are the extremes of the ensemble's
-    members; of a model without an ensemble they are empty.
+    members; of a number, the ends of a 90 % interval; else they are empty.
     """
     from training.predict import predict as run_prediction
 

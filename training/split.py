@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.errors import UserError
+from featurization.config import FeaturizationConfig
 from training.config import TrainingConfig
 from training.dataset import Clouds
-from training.tasks import UNKNOWN, TaskName
+from training.tasks import UNKNOWN, Task, TaskName, answerable
 
 SPLITS = ("train", "validation", "test")
 _SALT = b"crystal-genome split 1:"
@@ -89,8 +90,9 @@ class Parts:
             values = data.labels[task.label]
         else:
             raise UserError(
-                f"the dataset has no label {task.label}, which task {task.name} needs",
-                remedy=f"choose another task; it has {', '.join(data.labels) or 'no labels'}",
+                f"the dataset has no label {task.label}, which task {task.name} needs; it has "
+                f"{', '.join(data.labels) or 'no labels'}",
+                remedy=_other_ways(task, list(data.labels)),
             )
         target = task.target(values)
         sides = split_of(list(data.groups), config.validation_fraction, config.test_fraction)
@@ -117,6 +119,19 @@ class Parts:
             side: {name: int((self.target_N[rows] == c).sum()) for c, name in enumerate(classes)}
             for side, rows in self.rows.items()
         }
+
+
+def _other_ways(task: Task, labels: list[str]) -> str:
+    """What to do where a dataset lacks the label of a task."""
+    if not labels:
+        return "choose task crystal_system, which needs none; or featurize crystals with labels"
+    ways = f"choose another task: {', '.join(answerable(labels))}"
+    if FeaturizationConfig.model_fields["id_prop_label"].default in labels:
+        ways += (
+            "; or, where id_prop.csv has no header row, name its values: xtal featurize SOURCE "
+            f"OUT --label {task.label}"
+        )
+    return ways
 
 
 def _position(group: str, salt: bytes) -> float:
