@@ -217,7 +217,7 @@ def contrast_figure(rows: Sequence[Row], title: str) -> Figure:
         axes.axvline(0, color=BLACK, linewidth=0.8)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(False, axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     left.set_yticks(list(places), [wrapped(row["task"], 20) for row in rows])
     right.yaxis.tick_right()
     right.set_yticks(list(places), [row["verdict"] for row in rows])

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ablation.figures import _STYLE, GREY, wrapped
-from ablation.figures_effects import forest, heat_map
+from ablation.figures_effects import contrast_figure, forest, heat_map
 from ablation.perturbations import ARMS
 from ablation.report_study import Effect
 from ablation.trials import Condition
@@ -137,6 +137,16 @@ def test_columns_and_cells_of_a_heat_map_do_not_touch(tasks, models):
     studies = [SimpleNamespace(task=name, primary="auroc", effects=found) for name in names[:tasks]]
     with matplotlib.rc_context(_STYLE):
         assert touching(heat_map(studies)) == []
+
+
+@pytest.mark.parametrize("verdict", ["supported", "undecided", "contradicted"])
+@pytest.mark.parametrize("at", [-0.5, -0.061, -0.013, -0.004, -0.0006, 0.02, 0.3])
+@pytest.mark.parametrize("wide", [0.3, 0.9, 4])
+def test_numbers_below_a_contrast_do_not_touch(verdict, at, wide):
+    ends = {"low": at - wide * abs(at), "high": at + wide * abs(at), "difference": at}
+    row = {"task": "log_shear_modulus", "symmetry": at, "intensity": at / 17, "verdict": verdict}
+    with matplotlib.rc_context(_STYLE):
+        assert touching(contrast_figure([row | ends], "AUROC")) == []
 
 
 @pytest.mark.parametrize("verdict", ["undecided", "one seed", None])

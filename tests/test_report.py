@@ -219,6 +219,7 @@ def test_a_grids_page_has_all_sections_and_figures(ablation):
     assert targets <= ids
     assert list(page.figures) == ["clouds"]
     assert "Materials Project, CC BY 4.0" in page.text
+    assert re.findall(r"[a-z)][.;][A-Z]\w+ \w+", page.text) == []  # sentences run together
     assert "3 of 45 trials are missing" in page.text
 
 
@@ -257,9 +258,18 @@ def test_run_page_has_all_sections_and_figures(tmp_path):
 
 
 def test_run_page_takes_the_data_from_the_manifest(tmp_path):
-    folder = make_run(tmp_path / "run")
-    write_report(folder, dataset=make_dataset(tmp_path / "silica"))
-    page = page_of(folder)
+    folder, dataset = make_run(tmp_path / "run"), make_dataset(tmp_path / "silica")
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    source = {"spec": "sand.jsonl", "kind": "jsonl", "sha256": "ab" * 32, "licence": "CC BY 4.0"}
+    source |= {"records": 24, "block": 64, "without_shard": {"records": [[0, 3]], "present": 0}}
+    for sources, title in (([source], "source"), ([source, source], "source 2")):
+        text = json.dumps(manifest | {"sources": sources})
+        (dataset / "manifest.json").write_text(text)
+        write_report(folder, dataset=dataset)
+        page = page_of(folder)
+        for name, value in {"spec": "sand.jsonl", "licence": "CC BY 4.0", "records": "24"}.items():
+            assert f"{title} · {name}{value}" in page.text
+        assert "{" not in page.text
     assert "datasetsilica" in page.text
     assert "config · radiationxray" in page.text
     assert len(page.figures["clouds"]["data"]) == 2 * 4
