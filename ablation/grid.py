@@ -264,8 +264,10 @@ def read_grid(path: Path, **overrides: Any) -> GridConfig:
     if "dataset" in values and "dataset" not in given:
         values["dataset"] = str((path.parent / str(values["dataset"])).resolve())
     if "dataset" not in values | given:
-        ours = "" if path == shipped else f', or write dataset = "DATA" into {path}'
-        raise UserError(f"{path}: dataset: not given", remedy=f"give --dataset DATA{ours}")
+        remedy = "give --dataset DATA"
+        if path != shipped:
+            remedy += ', or write dataset = "DATA" into the file'
+        raise UserError(f"{path}: dataset: not given", remedy=remedy)
     return build_config(GridConfig, values | given, where=str(path))
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,13 +29,13 @@ from cluster.config import names
 from cluster.errors import UserError
 from featurization import featurize as driver
 from featurization import forecast, worker
-from featurization.config import CellName, RadiationName
+from featurization.config import CellName, FeaturizationConfig, RadiationName
 from featurization.index import build_index
 from featurization.manifest import read_manifest
 from featurization.published import JARVIS, MATBENCH
 from featurization.sources import open_source
 from training import train as training_run
-from training.config import ModelName
+from training.config import ModelName, TrainingConfig
 from training.dataset import load
 from training.tasks import TASKS
 
@@ -120,6 +121,7 @@ def test_arguments_are_shown_in_upper_case():
     assert odd == []
 
 
+GRIDS = [path.stem for path in Path(xtal.ablation.__file__).parent.glob("grids/*.toml")]
 # Words → the option or argument that takes one of these names.
 NAMED = {
     "train --task": TASKS,
@@ -128,6 +130,7 @@ NAMED = {
     "featurize --cell": names(CellName),
     "fetch matbench": MATBENCH,
     "fetch jarvis": JARVIS,
+    "ablate run": GRIDS,
 }
 
 
@@ -152,11 +155,19 @@ def test_no_option_has_a_twin_that_nobody_asked_for():
     assert twins == []
 
 
-def test_the_help_names_all_grids_that_are_built_in(call):
-    _, out, _ = call("ablate", "run", "--help")
-    names = {path.stem for path in Path(xtal.ablation.__file__).parent.glob("grids/*.toml")}
-    assert names >= {"quick", "paper", "full"}
-    assert names <= set(re.findall(r"\w+", out))
+@pytest.mark.parametrize(
+    ("verb", "kind"), [("train", TrainingConfig), ("featurize", FeaturizationConfig)]
+)
+def test_the_help_says_what_an_option_is_by_default(call, verb, kind):
+    out = " ".join(re.sub("[│╭╮╰╯─]", " ", call(verb, "--help")[1]).split())
+    options = {f"--{name.replace('_', '-')}": getattr(kind(), name) for name in kind.model_fields}
+    options["--label"] = options.pop("--id-prop-label", None)
+    said = dict(re.findall(r"(--[\w-]+) <\w+> (.*?)(?= --|$)", out))
+    known = {name: options[name] for name in said if options.get(name) is not None}
+    assert len(known) > 5
+    for name, value in known.items():
+        value = f"{value:g}" if isinstance(value, float) else value
+        assert re.search(rf"[Dd]efault: {value}\.( |$)", said[name]), name
 
 
 def on_a_terminal(words, folder, **environment):
@@ -241,6 +252,7 @@ def test_without_arguments_the_help_is_shown(call):
             ["train", "x", "run", "--task", "crystal_system", "--threshold", "3"],
             "crystal_system has no threshold",
         ),
+        (["ablate", "quick", "out"], "give --dataset DATA"),
         (["train", "[/red]", "run"], "[/red] is no finished dataset"),
         (["report", "nowhere"], "nowhere"),
         (["propensity", "x", "nowhere", "--out", "y"], "nowhere/config.json is missing"),
@@ -279,6 +291,34 @@ def test_a_failure_of_ours_is_exit_code_1(call, dataset, tmp_path, monkeypatch):
     assert "failed: RuntimeError: [/bold] inside :warning:" in err
     assert "--debug" in err
     assert "Traceback" not in err
+
+
+def test_an_interruption_is_said(tmp_path):
+    command = [sys.executable, "-m", "xtal", "featurize", "prototypes:20000", tmp_path / "out"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob("out/journal/*")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted"
+
+
+C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    "terminal", [{"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "ascii"}, C]
+)
+def test_a_terminal_without_our_letters_shows_the_others(dataset, terminal):
+    done = subprocess.run(
+        [sys.executable, "-m", "xtal", "inspect", dataset],
+        env=os.environ | terminal,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"| 140 " in done.stdout
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -728,6 +768,7 @@ def test_bash_completes_verbs_and_options(tmp_path):
         'try() { COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)); _xtal_completion xtal\n'
         '  echo "${COMPREPLY[@]}"; }\n'
         "try xtal tr\ntry xtal ablate st\ntry xtal train --ta\n"
+        "try xtal ablate qu\ntry xtal ablate run qu\n"
     )
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -737,4 +778,4 @@ def test_bash_completes_verbs_and_options(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.split() == ["train", "status", "--task"]
+    assert done.stdout.split() == ["train", "status", "--task", "quick", "quick"]

@@ -60,6 +60,22 @@ def test_the_positive_class_is_the_one_that_is_asked_for():
     assert task_of("stability").target(np.array([0.0, 0.3])).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    ("labels", "ways"),
+    [
+        ([], "it has no labels\n  remedy: choose task crystal_system, which needs none"),
+        (["band_gap"], "it has band_gap\n  remedy: choose another task: band_gap, crystal_system"),
+        (["target"], "xtal featurize SOURCE OUT --label bulk_modulus"),
+    ],
+)
+def test_a_label_that_is_not_there_is_refused_with_the_ways_out(clouds, labels, ways):
+    others = replace(clouds, labels={name: np.ones(len(clouds.ids)) for name in labels})
+    with pytest.raises(UserError, match="no label bulk_modulus, which") as refused:
+        Parts.of(others, tiny(task="bulk_modulus"))
+    assert ways in str(refused.value)
+    assert ("--label" in str(refused.value)) == (labels == ["target"])
+
+
 def test_crystal_systems_are_seven_classes_and_have_no_threshold():
     task = task_of("crystal_system")
     assert len(task.classes) == 7

@@ -23,6 +23,7 @@ from simulated import plain, predictions, write_grid
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from ablation.curves import GRID, mean_roc, reliability
+from ablation.demo import _sentences
 from ablation.figures import draw, panels, wrapped
 from ablation.figures_effects import heat_cells
 from ablation.report import _json, write_report
@@ -33,6 +34,7 @@ from ablation.report_text import answer, flattened, interval, notes, number, p_v
 from ablation.tables import write_statistics
 from ablation.trials import Condition
 from cluster.errors import UserError
+from training.config import TrainingConfig
 from training.figures import roc
 from training.metrics import Interval, confusion_matrix, evaluate
 
@@ -477,6 +479,17 @@ def test_reliability_of_true_probabilities_is_diagonal():
     sharp = p1**3 / (p1**3 + (1 - p1) ** 3)
     wrong = reliability(labels, np.column_stack([1 - sharp, sharp]))
     assert np.abs(wrong.observed - wrong.stated).max() > 0.1
+
+
+def test_the_demo_says_the_verdicts_of_the_report(ablation):
+    effects = pq.read_table(ablation / "effects.parquet")
+    effects = effects.filter(pc.equal(effects["task"], "bulk_modulus"))
+    said = _sentences(ablation, TrainingConfig(task="bulk_modulus"))
+    rows = [row for row in effects.to_pylist() if row["metric"] == "auroc"]
+    assert {"effect", "undecided"} <= {row["verdict"] for row in rows}
+    for row in rows:
+        (line,) = (line for line in said if f"{row['difference']:+.3f} [" in line)
+        assert line.split("]")[1].strip() == row["verdict"]
 
 
 def test_tables_hold_the_numbers(ablation):
