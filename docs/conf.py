@@ -3,6 +3,9 @@
 import re
 from typing import Any
 
+import nbformat
+from docutils.nodes import document
+from myst_parser.parsers.sphinx_ import MystParser
 from sphinx.application import Sphinx
 
 # Imported by autodoc, pydantic's models break.
@@ -15,6 +18,8 @@ exclude_patterns = ["conf.py"]
 highlight_language = "none"
 myst_heading_anchors = 3  # [text](page.md#heading), as on GitHub
 html_theme = "furo"  # brings its own fonts and scripts: a page asks no other host for anything
+html_static_path = ["manual.css"]
+html_css_files = ["manual.css"]
 html_title = project
 html_copy_source = False
 html_show_copyright = False
@@ -37,5 +42,25 @@ def _plain(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
         lines.insert(0, "")
 
 
+class Notebook(MystParser):  # type: ignore[misc]
+    """A notebook with what its cells have put out, read as Markdown."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring: str, document: document) -> None:
+        parts = []
+        for cell in nbformat.reads(inputstring, as_version=4).cells:
+            code = cell.cell_type == "code"
+            parts.append(f"```python\n{cell.source}\n```" if code else cell.source)
+            for output in cell.get("outputs", []):
+                if "text" in output:
+                    parts.append(f"```text\n{output.text}```")
+                if png := output.get("data", {}).get("image/png"):
+                    parts.append(f"![what the cell shows](data:image/png;base64,{png.strip()})")
+        super().parse("\n\n".join(parts), document)
+
+
 def setup(app: Sphinx) -> None:
+    app.add_source_suffix(".ipynb", "notebook")
+    app.add_source_parser(Notebook)
     app.connect("autodoc-process-docstring", _plain, priority=100)

@@ -16,13 +16,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from PIL import Image
 from tiny import ROOT
+from traitlets.config import Config
 
 import xtal
 
 DOCS = ROOT / "docs"
+NOTEBOOK = DOCS / "tour.ipynb"
 # Page → what runs its blocks instead of this.
 ELSEWHERE = {"cluster.md": "tests/slurm"}
 # A page whose blocks run in a copy of the project, which its diffs change.
@@ -51,10 +55,10 @@ class Block:
 
 
 def pages() -> list[str]:
-    """Names of all pages in the order of the table of contents."""
+    """Names of all pages but the notebook in the order of the table of contents."""
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     named = re.findall(r"^([a-z-]+)$", index, re.M)
-    return ["index.md", *(f"{name}.md" for name in named)]
+    return ["index.md", *(f"{name}.md" for name in named if name != NOTEBOOK.stem)]
 
 
 def blocks(page: str) -> Iterator[Block]:
@@ -251,10 +255,29 @@ def picture(path: Path, width: int) -> Image.Image:
     )
 
 
-if __name__ == "__main__":  # draws docs/pictures anew
+def executed(folder: Path) -> nbformat.NotebookNode:
+    """The notebook as it comes out when all its cells are run in a folder."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    # Sockets of the file system: those of TCP are open to all users of the machine.
+    sockets = Config({"KernelManager": {"transport": "ipc", "ip": str(folder / "kernel")}})
+    here = {"metadata": {"path": str(folder)}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        NotebookClient(
+            notebook, config=sockets, timeout=600, resources=here, record_timing=False
+        ).execute()
+    notebook.metadata = nbformat.read(NOTEBOOK, as_version=4).metadata  # not this Python's version
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # warnings are of this machine, not of the program
+            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
+    return notebook
+
+
+if __name__ == "__main__":  # draws docs/pictures and the notebook anew
     with TemporaryDirectory() as scratch:
         crystals(Path(scratch) / "my_crystals.jsonl")
         someone = Reader(Path(scratch))
         someone.read("idea.md")
         for drawn, (written, wide) in PICTURES.items():
             picture(Path(scratch) / written, wide).save(DOCS / "pictures" / drawn, optimize=True)
+        nbformat.write(executed(Path(scratch)), NOTEBOOK)
