@@ -66,6 +66,12 @@ def main() -> None:
             err.print("interrupted")
         raise
     except Exception as error:
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        if isinstance(first, KeyboardInterrupt):  # native code met it
+            err.print("interrupted")
+            sys.exit(_INTERRUPTED)
         if debug:
             traceback.print_exc()
         if isinstance(error, UserError):

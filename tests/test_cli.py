@@ -296,12 +296,22 @@ def test_a_failure_of_ours_is_exit_code_1(call, dataset, tmp_path, monkeypatch):
 def test_an_interruption_is_said(tmp_path):
     command = [sys.executable, "-m", "xtal", "featurize", "prototypes:20000", tmp_path / "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(tmp_path.glob("out/journal/*")):
+        while process.poll() is None and not list(tmp_path.glob("out/shards/*")):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert said.splitlines()[-1] == "interrupted"
+
+
+def test_an_interruption_that_native_code_meets_is_said(call, monkeypatch):
+    def met(*arguments, **keywords):
+        error = SystemError("returned a result with an exception set")
+        error.__cause__ = KeyboardInterrupt()
+        raise SystemError("returned a result with an exception set") from error
+
+    monkeypatch.setattr("featurization.featurize.featurize", met)
+    assert call("featurize", "prototypes:7", "out") == (130, "", "interrupted\n")
 
 
 C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
