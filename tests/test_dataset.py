@@ -162,7 +162,7 @@ def test_crystals_without_the_label_are_left_out():
 
 def test_missing_labels_and_classes_are_named():
     data = random_set(0, [2] * 60)
-    with pytest.raises(UserError, match="no label shear_modulus.*it has bulk_modulus"):
+    with pytest.raises(UserError, match=r"no label shear_modulus.*it has bulk_modulus"):
         Parts.of(data, tiny(task="shear_modulus"))
     with pytest.raises(UserError, match=r"train: \d+ crystals, none of class stiff"):
         Parts.of(data, tiny(task="bulk_modulus", threshold=1e4))
