@@ -187,18 +187,35 @@ def test_the_key_is_in_no_file_and_goes_nowhere_else(project, tmp_path, monkeypa
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*.*"))
 
 
-@pytest.mark.parametrize("status", [400, 404, 422])
-def test_a_refusal_that_echoes_the_key_is_redacted(project, tmp_path, status):
+@pytest.mark.parametrize("status", [301, 400, 404, 418, 422, 451])
+@pytest.mark.parametrize("from_the_first", [True, False])
+def test_a_refusal_that_echoes_the_key_is_redacted(
+    project, tmp_path, monkeypatch, capfd, status, from_the_first
+):
     good = materials_project(materials(3))
     project.project = lambda server, request: (
         good(server, request)
-        if "heartbeat" in request.path
+        if "heartbeat" in request.path and not from_the_first
         else Answer({"detail": f"bad {request.headers['x-api-key']}\x1b[2J"}, status)
     )
-    with pytest.raises(RunFailed) as raised:
-        mp.fetch(tmp_path / "a.jsonl", **QUIET)
-    assert KEY not in str(raised.value)
-    assert "\x1b" not in str(raised.value)
+    assert command(monkeypatch, "fetch", "mp", tmp_path / "a.jsonl") == 1
+    output = capfd.readouterr()
+    if from_the_first:  # later, the client may have words of its own
+        assert "bad (the key)" in " ".join(output.err.split())
+    assert KEY not in output.out + output.err
+    assert "\x1b[2J" not in output.err
+    assert left(tmp_path) == []
+
+
+def test_a_version_that_echoes_the_key_brings_it_into_no_file(project, tmp_path):
+    def echoes(server, request):
+        key = request.headers["x-api-key"]
+        return materials_project(materials(3), [f"1 of {key}"])(server, request)
+
+    project.project = echoes
+    mp.fetch(tmp_path / "a.jsonl", **QUIET)
+    assert record(tmp_path / "a.jsonl")["database_version"] == "1 of (the key)"
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*.*"))
 
 
 def test_a_database_that_changes_is_no_snapshot(project, tmp_path):
@@ -494,6 +511,115 @@ def test_an_archive_by_hand_is_checked(task, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, "fetch", "matbench", task, out, "--from", given) == 0
     assert (out / "matbench_log_kvrh.json.gz").read_bytes() == TABLE
     assert command(monkeypatch, "fetch", "matbench", task, out, "--from", tmp_path / "no") == 2
+
+
+def half(content: bytes, task: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a command leaves that got half of a file and then nothing more."""
+    with serving(archive(content)) as server:
+        server.faults = [databases.fine, databases.truncated]
+        server.faults += 2 * web.ATTEMPTS * [databases.broken]
+        words = ("fetch", "matbench", task, folder, "--url", f"{server.url}/files/1")
+        assert command(monkeypatch, *words) == 1
+    part = folder / "matbench_log_kvrh.json.gz.partial" / "data"
+    assert 0 < part.stat().st_size < len(content)
+    return part
+
+
+@pytest.mark.parametrize(
+    ("span", "asked"),
+    [
+        (lambda start: f"bytes {start}-{len(TABLE) - 1}/*", 1),
+        (lambda start: f"bytes {start - 1}-{len(TABLE) - 1}/{len(TABLE)}", 2),
+        (lambda start: "", 2),
+    ],
+)
+def test_a_server_with_its_own_way_of_ranges_gives_the_file(
+    task, tmp_path, monkeypatch, span, asked
+):
+    half(TABLE, task, tmp_path, monkeypatch)
+
+    def reply(server, request):
+        if not request.headers["range"]:
+            return Answer(TABLE)
+        start = int(request.headers["range"].removeprefix("bytes=").removesuffix("-"))
+        return Answer(TABLE[start:], 206, content_range=span(start))
+
+    with serving(reply) as server:
+        words = ("fetch", "matbench", task, tmp_path, "--url", f"{server.url}/files/1")
+        assert command(monkeypatch, *words) == 0
+        assert len(server.asked) == asked
+    assert (tmp_path / "matbench_log_kvrh.json.gz").read_bytes() == TABLE
+
+
+def test_a_server_that_always_cuts_and_never_goes_on_is_given_up(tmp_path):
+    def reply(server, request):
+        if request.headers["range"]:
+            return Answer(TABLE, 206)
+        answer = Answer(TABLE)
+        databases.truncated(answer)
+        return answer
+
+    with serving(reply) as server, pytest.raises(RunFailed):
+        download.download(Web(), server.url, tmp_path / "a", lambda done, total: None)
+
+
+def test_wrong_bytes_in_a_part_are_begun_anew(task, tmp_path, monkeypatch, capsys):
+    part = half(TABLE, task, tmp_path, monkeypatch)
+    part.write_bytes(part.stat().st_size * b"x")
+    capsys.readouterr()
+    with serving(archive(TABLE)) as server:
+        words = ("fetch", "matbench", task, tmp_path, "--url", f"{server.url}/files/1")
+        assert command(monkeypatch, *words) == 0
+    assert "what came in parts is another file; all of it again" in capsys.readouterr().err
+    assert (tmp_path / "matbench_log_kvrh.json.gz").read_bytes() == TABLE
+
+
+def test_the_remedy_for_another_file_is_not_the_address_just_used(
+    task, tmp_path, monkeypatch, capsys
+):
+    import dataclasses
+
+    with serving(archive(TABLE + b"!")) as server:
+        there = dataclasses.replace(published.MATBENCH[task], url=f"{server.url}/files/1")
+        monkeypatch.setitem(published.MATBENCH, task, there)
+        assert command(monkeypatch, "fetch", "matbench", task, tmp_path) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"take it from {there.url}" not in said
+    assert "in a browser, and give what it saves with --from FILE; what came is not kept" in said
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_an_archive_that_stands_in_its_place_gets_its_record(
+    task, tmp_path, monkeypatch, capsys, by_hand
+):
+    path = tmp_path / "matbench_log_kvrh.json.gz"
+    path.write_bytes(TABLE)
+    words = ("fetch", "matbench", task, tmp_path, *(["--from", path] if by_hand else []))
+    assert command(monkeypatch, *words) == 0
+    assert "is there already, whole; only its record is written" in capsys.readouterr().err
+    assert left(tmp_path) == [path.name, path.name + ".snapshot.json"]
+    assert path.read_bytes() == TABLE
+    told = record(path)
+    assert (told["sha256"], told["bytes"]) == (hashlib.sha256(TABLE).hexdigest(), len(TABLE))
+    assert told["url"] == str(path)
+    assert command(monkeypatch, *words) == 0
+    assert record(path) == told
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_file_in_the_place_of_an_archive_is_left_alone(
+    task, tmp_path, monkeypatch, capsys, recorded
+):
+    given, path = tmp_path / "download.gz", tmp_path / "matbench_log_kvrh.json.gz"
+    given.write_bytes(TABLE)
+    path.write_bytes(b"mine")
+    if recorded:
+        record_of(path).write_text("{}")
+    assert command(monkeypatch, "fetch", "matbench", task, tmp_path, "--from", given) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("write into another folder" if recorded else "give another FOLDER") in said
+    assert "another name" not in said
+    assert path.read_bytes() == b"mine"
 
 
 def test_a_download_and_a_mirror_are_not_taken_together(task, tmp_path, monkeypatch, capsys):
