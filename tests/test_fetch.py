@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -661,6 +662,40 @@ def test_documents_by_hand_become_the_same_file(project, tmp_path, monkeypatch):
     broken.write_bytes(second.read_bytes()[:-9])
     assert command(monkeypatch, "fetch", "mp", third, "--from", broken) == 2
     assert not third.exists()
+
+
+def test_by_hand_leaves_out_what_fetching_leaves_out(tmp_path, monkeypatch, capsys):
+    given = materials(9)
+    given[0]["deprecated"] = True
+    given[1]["builder_meta"] = {"license": "BY-NC", "batch_id": None}
+    given[2]["builder_meta"] = {"license": None, "batch_id": "gnome_r2scan_statics"}
+    given[3]["batch_id"] = "gnome_r2scan_statics"
+    given[4]["builder_meta"] = {"license": "BY-C", "batch_id": "another"}
+    given[5]["builder_meta"] = "odd"
+    out, first = tmp_path / "a.jsonl.gz", write_lines(tmp_path / "1.jsonl", given)
+    assert command(monkeypatch, "fetch", "mp", out, "--from", first) == 0
+    assert documents(out) == [mp.trimmed(each) for each in given[4:]]
+    assert record(out)["left_out"] == {"deprecated": 1, "of GNoME (CC BY-NC)": 3}
+    assert record(out)["documents"] == 5
+    said = capsys.readouterr().out
+    assert re.search(r"left out, deprecated\W+1\b", said)
+    assert re.search(r"left out, of GNoME \(CC BY-NC\)\W+3\b", said)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("turned", [False, True])
+def test_answers_of_the_api_by_hand(tmp_path, monkeypatch, indent, turned):
+    meta = {"api_version": "0.87.1", "total_doc": 4}
+    answer = {"data": materials(4), "errors": None, "meta": meta}
+    if turned:
+        answer = dict(reversed(answer.items()))
+    given = tmp_path / "api.json"
+    given.write_text(json.dumps(answer, indent=indent))
+    packed = tmp_path / "more.json.gz"
+    packed.write_bytes(gzip.compress(json.dumps(answer | {"data": materials(6)[4:]}).encode()))
+    out = tmp_path / "a.jsonl.gz"
+    assert command(monkeypatch, "fetch", "mp", out, "--from", given, "--from", packed) == 0
+    assert documents(out) == [mp.trimmed(each) for each in materials(6)]
 
 
 def test_a_file_that_by_hand_cannot_be_is_told_what_can(tmp_path, monkeypatch, capsys):
