@@ -2,7 +2,9 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,9 +24,8 @@ from cluster.submit_asked import (
     Probe,
     SiteFile,
     Time,
-    check_words,
-    workers,
 )
+from cluster.submit_verbs import SubmitsChain, SubmitsVerb, check_words, workers
 from cluster.terminal import AsJson, OptionsFile, out, show_json
 
 submitting = typer.Typer(
@@ -35,7 +36,7 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help="As for xtal featu
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-@submitting.command("featurize", context_settings=_PASS_ON)
+@submitting.command("featurize", cls=SubmitsVerb, context_settings=_PASS_ON)
 def submit_featurize(
     context: typer.Context,
     source: Source,
@@ -53,7 +54,7 @@ def submit_featurize(
     _submit(context, "featurize", dataset, words)
 
 
-@submitting.command("train", context_settings=_PASS_ON)
+@submitting.command("train", cls=SubmitsVerb, context_settings=_PASS_ON)
 def submit_train(
     context: typer.Context,
     dataset: Annotated[Path, typer.Argument(metavar="OUT", help="A dataset folder.")],
@@ -74,7 +75,7 @@ def submit_train(
     _submit(context, "train", run, words)
 
 
-@submitting.command("ablate", context_settings=_PASS_ON)
+@submitting.command("ablate", cls=SubmitsVerb, context_settings=_PASS_ON)
 def submit_ablate(
     context: typer.Context,
     grid: Annotated[Path, typer.Argument(metavar="GRID.toml", help="Which arms and seeds.")],
@@ -102,7 +103,7 @@ def submit_ablate(
     _submit(context, "ablate", folder, words)
 
 
-@submitting.command("all")
+@submitting.command("all", cls=SubmitsChain)
 def submit_all(
     context: typer.Context,
     source: Source,
@@ -115,7 +116,7 @@ def submit_all(
     after: After = None,
     dry_run: DryRun = False,
     probe: Probe = False,
-    task: Annotated[str, typer.Option(help="The question.")] = "bulk_modulus",
+    task: Annotated[str, typer.Option(help="As of xtal train.")] = "bulk_modulus",
     grid: Annotated[Path | None, typer.Option(help="Grid file; default: six arms.")] = None,
     features: Annotated[Path | None, typer.Option(help="Configuration of featurize.")] = None,
     training: Annotated[Path | None, typer.Option(help="Configuration of train.")] = None,
@@ -137,8 +138,13 @@ def submit_all(
         "ablate": [str(plan), str(parts[2]), "--dataset", dataset],
     }
     calls["train"] += workers(calls["train"])
-    for verb, words in calls.items():
-        check_words(context, verb, words)
+    if grid is None and task == "all":
+        remedy = "name one of them, or give a --grid with tasks"
+        raise UserError("--task all: the default grid asks one question", remedy=remedy)
+    text = f'dataset = "dataset"\n\n[training]\ntask = {json.dumps(task)}\n'
+    with _readable(grid, text) as draft:
+        for verb, words in calls.items():
+            check_words(context, verb, [str(draft), *words[1:]] if verb == "ablate" else words)
     plans = [
         Plan(verb, part, tuple(words), asked.sites[verb], nodes, time)
         for part, (verb, words) in zip(parts, calls.items(), strict=True)
@@ -149,10 +155,11 @@ def submit_all(
     if not all(found):
         raise typer.Exit(1)
     if dry_run:
-        _show_chain(asked, plans)
+        with _readable(grid, text) as draft:
+            _show_chain(asked, plans, draft)
         return
     if grid is None:
-        write_text(plan, f'dataset = "dataset"\n\n[training]\ntask = {json.dumps(task)}\n')
+        write_text(plan, text)
     told: list[dict[str, Any]] = []
     for each in plans:
         each = replace(each, after=told[-1]["job"] if told else after)
@@ -170,18 +177,34 @@ def submit_all(
     out.print(f"xtal jobs {shlex.quote(str(run))} shows them", soft_wrap=True, highlight=False)
 
 
-def _show_chain(asked: Asked, plans: Sequence[Plan]) -> None:
-    """What would be submitted, and what each part takes as far as it can be known."""
+@contextmanager
+def _readable(grid: Path | None, text: str) -> Iterator[Path]:
+    """The grid, or a file of this text, which is gone afterwards: a look writes nothing."""
+    if grid is not None:
+        yield grid.absolute()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(draft := Path(folder) / "grid.toml", text)
+        yield draft
+
+
+def _show_chain(asked: Asked, plans: Sequence[Plan], grid: Path) -> None:
+    """What would be submitted, and what each part takes as far as it can be known.
+
+    Args:
+        grid: where it can be read now.
+    """
     told, after = [], asked.after
     for plan in plans:
         planned = replace(plan, after=after)
         after = f"JOB-OF-{plan.verb}"
         # The others need the dataset.
         ready = plan.verb == "featurize" or (plans[0].result / "manifest.json").exists()
-        ready = ready and (plan.verb != "ablate" or Path(plan.words[0]).exists())
+        if plan.verb == "ablate":
+            plan = replace(plan, words=(str(grid), *plan.words[1:]))
         expected = Estimate.of(plan) if ready else None
         if asked.as_json:
-            told.append(_as_dict(plan, None) | (expected.as_dict() if expected else {}))
+            told.append(_as_dict(planned, None) | (expected.as_dict() if expected else {}))
             continue
         out.print(planned.shown(), soft_wrap=True, highlight=False)
         if expected is None:

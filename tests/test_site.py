@@ -221,6 +221,36 @@ def test_without_slurm_the_remedy_is_said(
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("all prototypes:9 RUN --task colour", "--task colour: must be 'crystal_system', 'bulk_modulus'"),
+        ("all prototypes:9 RUN --task all", "the default grid asks one question"),
+        ("all prototypes:9 RUN --grid none.toml", "none.toml: no such file"),
+        ("all prototypes:9 RUN --grid wrong.toml", "retries = 'many'"),
+        ("all prototypes:9 RUN --training wrong.toml", "retries: unknown key"),
+        ("all prototypes:9 RUN --features wrong.toml", "retries: unknown key"),
+        ("train data RUN --task colour", "--task colour: must be 'crystal_system', 'bulk_modulus'"),
+        ("train data RUN --array 2 --model magic", "--model magic: must be 'pointnet'"),
+        ("train data RUN --task all --epochs 0", "--epochs 0: must be"),
+        ("featurize prototypes:9 RUN --radiation light", "--radiation light: must be"),
+        ("ablate wrong.toml RUN", "retries = 'many'"),
+    ],
+)
+def test_what_a_verb_would_refuse_is_refused_before_it_waits_in_a_queue(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.toml").write_text('retries = "many"\n')
+    assert command(monkeypatch, "submit", *words.split(), "--site", str(SITES[0])) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.toml"]
+
+
+@pytest.mark.parametrize(
     ("gres", "count"),
     [
         ("gpu:a100:4,nvme:1", 4),
