@@ -1,4 +1,4 @@
-"""Ray on all nodes of a SLURM job: `python -m cluster.ray_cluster SHARED -- COMMAND …`.
+"""Ray on all nodes of a SLURM job: `python -m cluster.ray_cluster RESULT -- COMMAND …`.
 
 The first node's Ray is the head, each other one joins it by its address, all by one srun a node;
 then COMMAND runs on the first node, and finds Ray by `cluster.ray_session.ray_for`. In a job of one
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from cluster.attempt import say
+from cluster.attempt import jobs_folder, say
 from cluster.errors import RunFailed, Stopped, UserError
 from cluster.files import disk_explained, write_text
 from cluster.headless import Guard, step
@@ -241,10 +241,10 @@ def _attend(
 def main() -> None:
     """Exit code of the command; 128 + signal if one ended it."""
     if len(sys.argv) < 4 or sys.argv[2] != "--":
-        sys.exit("usage: python -m cluster.ray_cluster SHARED -- COMMAND …")
+        sys.exit("usage: python -m cluster.ray_cluster RESULT -- COMMAND …")
     try:
         with disk_explained():
-            code = run(Path(sys.argv[1]), sys.argv[3:])
+            code = run(jobs_folder(Path(sys.argv[1])), sys.argv[3:])
     except (RunFailed, UserError) as error:
         say(str(error))
         sys.exit(error.exit_code)

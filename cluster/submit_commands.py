@@ -142,6 +142,9 @@ def submit_all(
         remedy = "name one of them, or give a --grid with tasks"
         raise UserError("--task all: the default grid asks one question", remedy=remedy)
     text = f'dataset = "dataset"\n\n[training]\ntask = {json.dumps(task)}\n'
+    if grid is None and plan.exists() and plan.read_text(encoding="utf-8") != text:
+        remedy = f"run it by --grid {shlex.quote(str(plan))}, or remove it"
+        raise UserError(f"{plan} is another grid than that of --task {task}", remedy=remedy)
     with _readable(grid, text) as draft:
         for verb, words in calls.items():
             check_words(context, verb, [str(draft), *words[1:]] if verb == "ablate" else words)
@@ -218,10 +221,11 @@ def _show_chain(asked: Asked, plans: Sequence[Plan], grid: Path) -> None:
 def _submit(context: typer.Context, verb: str, result: Path, words: Sequence[str]) -> None:
     asked = Asked.of(context)
     array, as_json = asked.array, asked.as_json
-    if array is not None and any(word.partition("=")[0] == "--part" for word in words):
-        raise UserError(
-            "--array with --part: an array has all parts", remedy="leave out one of them"
-        )
+    given = {word.partition("=")[0] for word in words}
+    for option, has in (("--part", "all parts"), ("--seed", "the seeds 0 to N − 1")):
+        if array is not None and option in given:
+            problem = f"--array N with {option}: an array of N has {has}"
+            raise UserError(problem, remedy="leave out one of the two")
     if verb == "train" and array is not None and asked.nodes > 1:
         raise UserError(
             f"--array with --nodes {asked.nodes}: an element has one node",

@@ -14,7 +14,7 @@ from cluster.ray_cluster import cpus_of
 from cluster.ray_node import resources
 from cluster.site import VERBS, Site, check_time, read_site, write_setup
 from cluster.slurm import Job, Kind, look, parse_kind, parse_sacct, parse_show_job, seconds_of
-from cluster.submit import Plan
+from cluster.submit import Plan, clean_environment
 from cluster.submit_asked import Estimate
 
 # What a dry run of 24 trainings of an hour says.
@@ -223,7 +223,7 @@ def test_without_slurm_the_remedy_is_said(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("all prototypes:9 RUN --task colour", "--task colour: must be 'crystal_system', 'bulk_modulus'"),
+        ("all prototypes:9 RUN --task colour", "--task colour: must be 'crystal_system'"),
         ("all prototypes:9 RUN --task all", "the default grid asks one question"),
         ("all prototypes:9 RUN --grid none.toml", "none.toml: no such file"),
         ("all prototypes:9 RUN --grid wrong.toml", "retries = 'many'"),
@@ -234,6 +234,7 @@ def test_without_slurm_the_remedy_is_said(
         ("train data RUN --task all --epochs 0", "--epochs 0: must be"),
         ("featurize prototypes:9 RUN --radiation light", "--radiation light: must be"),
         ("ablate wrong.toml RUN", "retries = 'many'"),
+        ("train data RUN --array 2 --seed=5", "an array of N has the seeds 0 to N − 1"),
     ],
 )
 def test_what_a_verb_would_refuse_is_refused_before_it_waits_in_a_queue(
@@ -248,6 +249,25 @@ def test_what_a_verb_would_refuse_is_refused_before_it_waits_in_a_queue(
     assert command(monkeypatch, "submit", *words.split(), "--site", str(SITES[0])) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.toml"]
+
+
+def test_a_grid_that_was_edited_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "grid.toml").write_text("seeds = [7]\n")
+    words = ["submit", "all", "prototypes:9", tmp_path / "run", "--site", str(SITES[0])]
+    assert command(monkeypatch, *words) == 2
+    assert "grid.toml is another grid than that of --task bulk_modulus" in capsys.readouterr().err
+    assert (tmp_path / "run" / "grid.toml").read_text() == "seeds = [7]\n"
+
+
+def test_what_another_job_was_told_does_not_reach_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "XTAL_SETUP", "XTAL_RAY_JOB", "SLURM_CONF"):
+        monkeypatch.setenv(name, "/somewhere")
+    found = clean_environment()
+    assert found["SLURM_CONF"] == "/somewhere"
+    assert not [name for name in found if name.startswith(("XTAL_", "SLURM_JOB"))]
 
 
 @pytest.mark.parametrize(

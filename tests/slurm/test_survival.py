@@ -154,8 +154,8 @@ def test_a_training_goes_on_when_nobody_tells_the_controller_of_a_lost_node(
     assert len({json.loads(line)["mark"] for line in attempts}) == len(attempts) == 2
     slurm.run("xtal", "train", small, place / "undisturbed", *words)
     found, wanted = (
-        [[float(each) for each in line.split(",")] for line in text.splitlines()[1:]]
-        for text in ((folder / "history.csv").read_text() for folder in (out, place / "undisturbed"))
+        [[float(each) for each in line.split(",")] for line in path.read_text().splitlines()[1:]]
+        for path in (history, place / "undisturbed" / "history.csv")
     )
     for row, other in zip(found, wanted, strict=True):
         assert row == pytest.approx(other, rel=2e-2, abs=1e-3)
