@@ -162,7 +162,8 @@ def run(shared: Path, command: Sequence[str]) -> int:
         have = [each.report for each in nodes if each.report is not None]
         for each in nodes:
             if each.report is None:
-                say(each.complaint(f"did not join within {_JOINING:.0f} s"))
+                limit = "" if each.gone else f" within {_JOINING:.0f} s"
+                say(each.complaint(f"did not join{limit}"))
         private = Path(head.report["folder"])
         found = JobRay(
             address,

@@ -78,7 +78,7 @@ def submit_train(
 @submitting.command("ablate", cls=SubmitsVerb, context_settings=_PASS_ON)
 def submit_ablate(
     context: typer.Context,
-    grid: Annotated[Path, typer.Argument(metavar="GRID.toml", help="Which arms and seeds.")],
+    grid: Annotated[Path, typer.Argument(metavar="GRID", help="As for xtal ablate.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
     site: SiteFile,
     nodes: Nodes = 1,
@@ -97,9 +97,7 @@ def submit_ablate(
     With --array its parts are jobs of their own, which start wherever a node is free; the last job
     gathers what they did, does what they did not, and writes the report.
     """
-    if not grid.is_file():
-        raise UserError(f"{grid}: no such file", remedy="give the path of a grid file")
-    words = [str(grid.absolute()), str(folder.absolute()), *context.args]
+    words = [str(_found(grid)), str(folder.absolute()), *context.args]
     _submit(context, "ablate", folder, words)
 
 
@@ -117,7 +115,9 @@ def submit_all(
     dry_run: DryRun = False,
     probe: Probe = False,
     task: Annotated[str, typer.Option(help="As of xtal train.")] = "bulk_modulus",
-    grid: Annotated[Path | None, typer.Option(help="Grid file; default: six arms.")] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="As for xtal ablate; default: six arms.")
+    ] = None,
     features: Annotated[Path | None, typer.Option(help="Configuration of featurize.")] = None,
     training: Annotated[Path | None, typer.Option(help="Configuration of train.")] = None,
     config: OptionsFile = None,
@@ -131,7 +131,7 @@ def submit_all(
     run = run.absolute()
     parts = [run / name for name in ("dataset", "train", "ablation")]
     dataset = str(parts[0])
-    plan = run / "grid.toml" if grid is None else grid.absolute()
+    plan = run / "grid.toml" if grid is None else _found(grid)
     calls = {
         "featurize": [source, dataset, *_config(features)],
         "train": [dataset, str(parts[1]), "--task", task, *_config(training)],
@@ -180,11 +180,16 @@ def submit_all(
     out.print(f"xtal jobs {shlex.quote(str(run))} shows them", soft_wrap=True, highlight=False)
 
 
+def _found(grid: Path) -> Path:
+    """Where a grid is, from anywhere; one that is built in has a name alone."""
+    return grid.absolute() if grid.exists() else grid
+
+
 @contextmanager
 def _readable(grid: Path | None, text: str) -> Iterator[Path]:
     """The grid, or a file of this text, which is gone afterwards: a look writes nothing."""
     if grid is not None:
-        yield grid.absolute()
+        yield _found(grid)
         return
     with tempfile.TemporaryDirectory() as folder:
         write_text(draft := Path(folder) / "grid.toml", text)

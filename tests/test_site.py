@@ -214,6 +214,10 @@ def test_without_slurm_the_remedy_is_said(
     said = capsys.readouterr().err
     assert "there is no scontrol here" in said
     assert "login node" in said
+    for grid in (["ablate", "quick", tmp_path / "g", "--dataset", "d"],
+                 ["all", "prototypes:9", tmp_path / "a", "--grid", "quick"]):  # fmt: skip
+        assert command(monkeypatch, "submit", *grid, "--site", site) == 1
+        assert "there is no scontrol here" in capsys.readouterr().err
     assert command(monkeypatch, *words, "--bogus") == 2
     assert "No such option: --bogus" in capsys.readouterr().err
     assert command(monkeypatch, "jobs", tmp_path / "out") == 2
@@ -234,6 +238,8 @@ def test_without_slurm_the_remedy_is_said(
         ("train data RUN --task all --epochs 0", "--epochs 0: must be"),
         ("featurize prototypes:9 RUN --radiation light", "--radiation light: must be"),
         ("ablate wrong.toml RUN", "retries = 'many'"),
+        ("ablate quik RUN --dataset data", "quik: no such file"),
+        ("ablate quick RUN", "quick.toml: dataset: not given"),
         ("train data RUN --array 2 --seed=5", "an array of N has the seeds 0 to N − 1"),
     ],
 )

@@ -105,7 +105,7 @@ def test_a_node_that_does_not_join_is_named(slurm: Machines, place: Path) -> Non
         assert slurm.ended(job) == "COMPLETED"
     finally:
         slurm.on("node3", ["umount", "/dev/shm"])
-    assert "node node3 did not join" in (place / "a.log").read_text()
+    assert "node node3 did not join;" in (place / "a.log").read_text()
 
 
 # A container, of the kernel's own making: what is at /mnt in it nobody sees outside.
