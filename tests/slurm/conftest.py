@@ -48,6 +48,7 @@ def nothing_is_left(slurm: Machines) -> Iterator[None]:
     for node in slurm.nodes:
         slurm.until(lambda n=node: slurm.processes(n) == [], f"no process is left on {node}", 20)
         assert slurm.left_in_tmp(node) == []
+        assert slurm.on(node, ["ls", "-A", "/dev/shm"]).stdout == ""
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +100,7 @@ def test_jobs_of_two_users_on_the_same_nodes(slurm: Machines, homes: dict[str, P
 
 
 def test_two_users_on_the_login_node(slurm: Machines, homes: dict[str, Path]) -> None:
+    daemons = slurm.processes("login")
     for name, home in homes.items():
         (home / "alone.py").write_text(ALONE)
         run = 'exec python "$0/alone.py" "$0/told" "$0/go" >"$0/log" 2>&1 </dev/null &'
@@ -113,5 +113,6 @@ def test_two_users_on_the_login_node(slurm: Machines, homes: dict[str, Path]) ->
     kept_apart(slurm, "login", seen)
     for home in homes.values():
         (home / "go").touch()
-    time.sleep(0.1)
-    slurm.until(lambda: slurm.left_in_tmp("login") == [], "nothing is left", 30)
+    slurm.until(lambda: slurm.processes("login") == daemons, "no process is left", 60)
+    assert slurm.left_in_tmp("login") == []
+    assert slurm.on("login", ["ls", "-A", "/dev/shm"]).stdout == ""
