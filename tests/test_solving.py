@@ -5,6 +5,7 @@ from dataclasses import replace
 import gemmi
 import numpy as np
 import pytest
+import torch
 from small import random_set
 from test_boosted import turned
 
@@ -13,6 +14,7 @@ from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize
 from featurization.sources import open_source
 from training.dataset import load
+from training.models import atoms as own
 from training.models.atoms import contents, description, structures
 from training.models.descriptors import steady_invariants
 from training.models.peaks import peaks_of
@@ -111,6 +113,25 @@ def test_what_explains_no_intensities_is_not_believed():
     assert np.array_equal(answer[:, : fixed.shape[1]], fixed)
     assert np.isnan(contents([None])).all()
     assert contents([]).shape == (0, contents([None]).shape[1])
+
+
+def test_what_is_no_whole_sphere_is_not_tried(sphere, monkeypatch):
+    asked = []
+    monkeypatch.setattr(own, "solved", lambda *_: asked.append(None))
+    structures(sphere)
+    assert len(asked) == len(sphere)
+    near = np.linalg.norm(sphere.q_P3.numpy(), axis=1) < 0.8
+    crystal_P = np.repeat(np.arange(len(sphere)), sphere.offsets.diff().numpy())[near]
+    cut = replace(
+        sphere,
+        q_P3=sphere.q_P3[near],
+        intensity_P=sphere.intensity_P[near],
+        multiplicity_P=sphere.multiplicity_P[near],
+        hkl_P3=sphere.hkl_P3[near],
+        offsets=torch.from_numpy(np.append(0, np.bincount(crystal_P).cumsum())),
+    )
+    assert structures(cut) == [None] * len(cut)
+    assert len(asked) == len(sphere)
 
 
 def test_peaks_are_found_between_the_points_of_a_map():

@@ -37,6 +37,7 @@ _NOTHING = 9.0  # Å, or sums of radii: farther than any neighbour
 _BINS, _KNOTS, _SOFT = 240, 25, 0.6  # of the radial profile, of Σf², 1/Å as in `wilson`
 _TINY = 1e-9
 _DIGITS = 5  # decimals: what is nothing but rounding is 0
+_LEAST_STORED = 0.5  # of the nodes within Q_MAX; of 3,000 whole spheres none holds less than 0.6
 _SHARE = 128  # crystals that are worth a process
 _FIRST_SIGN = np.array([1 << 20, 1 << 10, 1])  # of ±q that is taken whose first index is positive
 
@@ -85,6 +86,9 @@ class _Solver:
         if own.stop - own.start > MOST_POINTS or not np.isfinite(lattice).all():
             return None
         q_P3 = data.q_P3[own].numpy().astype(np.float64)
+        nodes = 2 / 3 * np.pi * Q_MAX**3 * abs(np.linalg.det(lattice))  # one of each ±q
+        if (np.linalg.norm(q_P3, axis=1) <= Q_MAX).sum() < _LEAST_STORED * nodes:
+            return None
         intensity_P = data.intensity_P[own].numpy().astype(np.float64)
         edges = own_edges(lattice, q_P3, intensity_P * data.multiplicity_P[own].numpy())
         hkl_P3 = np.rint(q_P3 @ edges.T).astype(np.int64)
