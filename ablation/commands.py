@@ -1,6 +1,7 @@
 """Verbs of `xtal` that ask what an answer rests on: ablate, report, propensity, demo, watch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from cluster.errors import RunFailed, UserError
+from cluster.submit_verbs import SETTINGS
 from cluster.terminal import AsJson, OptionsFile, bar, completed, out, show_json, summary
 from training.tasks import TASKS
 
@@ -44,7 +46,15 @@ def _part(text: str) -> Any:
     return Part.parse(text)
 
 
-@ablating.command("run")
+def _settings(given: Mapping[str, Any]) -> Any:
+    """The grid that options give."""
+    from ablation.grid import read_grid
+
+    dataset = given["dataset"]
+    return read_grid(given["grid"], dataset=None if dataset is None else str(dataset.resolve()))
+
+
+@ablating.command("run", context_settings={"obj": {SETTINGS: _settings}})
 def ablate(
     grid: Annotated[
         Path,
@@ -78,12 +88,11 @@ def ablate(
     A report and its tables come at the end; no trial is stopped early, however hopeless.
     """
     from ablation.forecast import forecast, show
-    from ablation.grid import read_grid
     from ablation.report import write_report
     from ablation.run import run_grid
     from ablation.status import live
 
-    settings = read_grid(grid, dataset=None if dataset is None else str(dataset.resolve()))
+    settings = _settings({"grid": grid, "dataset": dataset})
     if dry_run:
         expected = forecast(settings, folder, part)
         if as_json:

@@ -26,7 +26,7 @@ from cluster.config import build_config
 from cluster.errors import UserError
 from cluster.files import replacing, write_text
 from cluster.provenance import provenance
-from featurization.crystal import ATTRIBUTION
+from featurization.attribution import attribution
 from training.config import NOT_DECIDING
 from training.dataset import CloudSet
 from training.evaluate import prediction_table
@@ -87,7 +87,7 @@ def begin(out: Path, grid: GridConfig, manifest: dict[str, Any], data: CloudSet)
         "grid": grid.model_dump(exclude_defaults=True),
         "trials": len(plan(grid, manifest["content_hash"])),
         "provenance": provenance(),
-        "attribution": ATTRIBUTION,
+        "attribution": attribution(manifest["sources"]),
     }
     if (out / GRID).exists():
         _compare(out, json.loads(json.dumps(description)))

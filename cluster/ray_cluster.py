@@ -1,4 +1,4 @@
-"""Ray on all nodes of a SLURM job: `python -m cluster.ray_cluster SHARED -- COMMAND …`.
+"""Ray on all nodes of a SLURM job: `python -m cluster.ray_cluster RESULT -- COMMAND …`.
 
 The first node's Ray is the head, each other one joins it by its address, all by one srun a node;
 then COMMAND runs on the first node, and finds Ray by `cluster.ray_session.ray_for`. In a job of one
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from cluster.attempt import say
+from cluster.attempt import jobs_folder, say
 from cluster.errors import RunFailed, Stopped, UserError
 from cluster.files import disk_explained, write_text
 from cluster.headless import Guard, step
@@ -162,7 +162,8 @@ def run(shared: Path, command: Sequence[str]) -> int:
         have = [each.report for each in nodes if each.report is not None]
         for each in nodes:
             if each.report is None:
-                say(each.complaint(f"did not join within {_JOINING:.0f} s"))
+                limit = "" if each.gone else f" within {_JOINING:.0f} s"
+                say(each.complaint(f"did not join{limit}"))
         private = Path(head.report["folder"])
         found = JobRay(
             address,
@@ -241,10 +242,10 @@ def _attend(
 def main() -> None:
     """Exit code of the command; 128 + signal if one ended it."""
     if len(sys.argv) < 4 or sys.argv[2] != "--":
-        sys.exit("usage: python -m cluster.ray_cluster SHARED -- COMMAND …")
+        sys.exit("usage: python -m cluster.ray_cluster RESULT -- COMMAND …")
     try:
         with disk_explained():
-            code = run(Path(sys.argv[1]), sys.argv[3:])
+            code = run(jobs_folder(Path(sys.argv[1])), sys.argv[3:])
     except (RunFailed, UserError) as error:
         say(str(error))
         sys.exit(error.exit_code)

@@ -162,7 +162,8 @@ class Plan:
             srun_args=[f"--cpus-per-task={cores}"],
             stderr_to_stdout=True,
             signal_delay_s=self.site.warning_seconds,
-            setup=[f"export {k}={shlex.quote(v)}" for k, v in self.site.environment().items()]
+            setup=["unset ${!XTAL_*}"]  # as in `clean_environment`
+            + [f"export {k}={shlex.quote(v)}" for k, v in self.site.environment().items()]
             + list(self.site.setup),
             additional_parameters=options,
         )
@@ -245,8 +246,12 @@ run_element = _Run()
 
 
 def clean_environment() -> dict[str, str]:
-    """This environment without what a surrounding job would tell the new one."""
-    return {k: v for k, v in os.environ.items() if not re.match(r"SLURM_(?!CONF$|CLUSTERS$)", k)}
+    """This environment without what a surrounding job would tell the new one.
+
+    What is the site file's to say does not come from here either: what is shown is all there is.
+    """
+    told = re.compile(r"SLURM_(?!CONF$|CLUSTERS$)|XTAL_")
+    return {name: value for name, value in os.environ.items() if not told.match(name)}
 
 
 def _literally(path: Path) -> str:

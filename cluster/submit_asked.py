@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +15,6 @@ from cluster.site import Site, check_time, read_site, write_setup
 from cluster.slurm import seconds_of
 from cluster.submit import Plan
 from cluster.terminal import complain, duration, err, out, summary
-
-_UsageError: Any = typer.BadParameter.__base__  # typer does not name it
 
 SiteFile = Annotated[Path, typer.Option("--site", help="Site file; see slurm/site.toml.example.")]
 Nodes = Annotated[int, typer.Option(help="Nodes.", min=1)]
@@ -85,28 +82,6 @@ def _asked_slurm(plan: Plan, array: int | None) -> Finding:
     except UserError as error:
         return Finding("sbatch", error.problem, error.remedy, True)
     return Finding("sbatch", f"{plan.verb}: SLURM would start it at {start or 'an unknown time'}")
-
-
-def workers(words: Sequence[str]) -> list[str]:
-    """Words that make a training use the whole job, unless `words` say how many workers it has."""
-    said = any(word.partition("=")[0] == "--workers" for word in words)
-    return [] if said else ["--workers", "0"]
-
-
-def check_words(context: typer.Context, verb: str, words: Sequence[str]) -> None:
-    """Let the verb itself look at its words: a wrong one is found now, not in the queue.
-
-    Raises:
-        UserError: it would refuse them.
-    """
-    root: Any = context.find_root().command
-    command: Any = root.get_command(context, verb)
-    command = getattr(command, "commands", {}).get("run", command)  # of ablate
-    try:
-        command.make_context(verb, list(words))
-    except _UsageError as error:
-        remedy = f"see xtal {verb} --help; paths go first"
-        raise UserError(f"xtal {verb}: {error}", remedy=remedy) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,9 +24,8 @@ from cluster.submit_asked import (
     Probe,
     SiteFile,
     Time,
-    check_words,
-    workers,
 )
+from cluster.submit_verbs import SubmitsChain, SubmitsVerb, check_words, workers
 from cluster.terminal import AsJson, OptionsFile, out, show_json
 
 submitting = typer.Typer(
@@ -35,7 +36,7 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help="As for xtal featu
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-@submitting.command("featurize", context_settings=_PASS_ON)
+@submitting.command("featurize", cls=SubmitsVerb, context_settings=_PASS_ON)
 def submit_featurize(
     context: typer.Context,
     source: Source,
@@ -53,7 +54,7 @@ def submit_featurize(
     _submit(context, "featurize", dataset, words)
 
 
-@submitting.command("train", context_settings=_PASS_ON)
+@submitting.command("train", cls=SubmitsVerb, context_settings=_PASS_ON)
 def submit_train(
     context: typer.Context,
     dataset: Annotated[Path, typer.Argument(metavar="OUT", help="A dataset folder.")],
@@ -74,10 +75,10 @@ def submit_train(
     _submit(context, "train", run, words)
 
 
-@submitting.command("ablate", context_settings=_PASS_ON)
+@submitting.command("ablate", cls=SubmitsVerb, context_settings=_PASS_ON)
 def submit_ablate(
     context: typer.Context,
-    grid: Annotated[Path, typer.Argument(metavar="GRID.toml", help="Which arms and seeds.")],
+    grid: Annotated[Path, typer.Argument(metavar="GRID", help="As for xtal ablate.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
     site: SiteFile,
     nodes: Nodes = 1,
@@ -96,13 +97,11 @@ def submit_ablate(
     With --array its parts are jobs of their own, which start wherever a node is free; the last job
     gathers what they did, does what they did not, and writes the report.
     """
-    if not grid.is_file():
-        raise UserError(f"{grid}: no such file", remedy="give the path of a grid file")
-    words = [str(grid.absolute()), str(folder.absolute()), *context.args]
+    words = [str(_found(grid)), str(folder.absolute()), *context.args]
     _submit(context, "ablate", folder, words)
 
 
-@submitting.command("all")
+@submitting.command("all", cls=SubmitsChain)
 def submit_all(
     context: typer.Context,
     source: Source,
@@ -115,8 +114,10 @@ def submit_all(
     after: After = None,
     dry_run: DryRun = False,
     probe: Probe = False,
-    task: Annotated[str, typer.Option(help="The question.")] = "bulk_modulus",
-    grid: Annotated[Path | None, typer.Option(help="Grid file; default: six arms.")] = None,
+    task: Annotated[str, typer.Option(help="As of xtal train.")] = "bulk_modulus",
+    grid: Annotated[
+        Path | None, typer.Option(help="As for xtal ablate; default: six arms.")
+    ] = None,
     features: Annotated[Path | None, typer.Option(help="Configuration of featurize.")] = None,
     training: Annotated[Path | None, typer.Option(help="Configuration of train.")] = None,
     config: OptionsFile = None,
@@ -130,15 +131,23 @@ def submit_all(
     run = run.absolute()
     parts = [run / name for name in ("dataset", "train", "ablation")]
     dataset = str(parts[0])
-    plan = run / "grid.toml" if grid is None else grid.absolute()
+    plan = run / "grid.toml" if grid is None else _found(grid)
     calls = {
         "featurize": [source, dataset, *_config(features)],
         "train": [dataset, str(parts[1]), "--task", task, *_config(training)],
         "ablate": [str(plan), str(parts[2]), "--dataset", dataset],
     }
     calls["train"] += workers(calls["train"])
-    for verb, words in calls.items():
-        check_words(context, verb, words)
+    if grid is None and task == "all":
+        remedy = "name one of them, or give a --grid with tasks"
+        raise UserError("--task all: the default grid asks one question", remedy=remedy)
+    text = f'dataset = "dataset"\n\n[training]\ntask = {json.dumps(task)}\n'
+    if grid is None and plan.exists() and plan.read_text(encoding="utf-8") != text:
+        remedy = f"run it by --grid {shlex.quote(str(plan))}, or remove it"
+        raise UserError(f"{plan} is another grid than that of --task {task}", remedy=remedy)
+    with _readable(grid, text) as draft:
+        for verb, words in calls.items():
+            check_words(context, verb, [str(draft), *words[1:]] if verb == "ablate" else words)
     plans = [
         Plan(verb, part, tuple(words), asked.sites[verb], nodes, time)
         for part, (verb, words) in zip(parts, calls.items(), strict=True)
@@ -149,10 +158,11 @@ def submit_all(
     if not all(found):
         raise typer.Exit(1)
     if dry_run:
-        _show_chain(asked, plans)
+        with _readable(grid, text) as draft:
+            _show_chain(asked, plans, draft)
         return
     if grid is None:
-        write_text(plan, f'dataset = "dataset"\n\n[training]\ntask = {json.dumps(task)}\n')
+        write_text(plan, text)
     told: list[dict[str, Any]] = []
     for each in plans:
         each = replace(each, after=told[-1]["job"] if told else after)
@@ -170,18 +180,39 @@ def submit_all(
     out.print(f"xtal jobs {shlex.quote(str(run))} shows them", soft_wrap=True, highlight=False)
 
 
-def _show_chain(asked: Asked, plans: Sequence[Plan]) -> None:
-    """What would be submitted, and what each part takes as far as it can be known."""
+def _found(grid: Path) -> Path:
+    """Where a grid is, from anywhere; one that is built in has a name alone."""
+    return grid.absolute() if grid.exists() else grid
+
+
+@contextmanager
+def _readable(grid: Path | None, text: str) -> Iterator[Path]:
+    """The grid, or a file of this text, which is gone afterwards: a look writes nothing."""
+    if grid is not None:
+        yield _found(grid)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(draft := Path(folder) / "grid.toml", text)
+        yield draft
+
+
+def _show_chain(asked: Asked, plans: Sequence[Plan], grid: Path) -> None:
+    """What would be submitted, and what each part takes as far as it can be known.
+
+    Args:
+        grid: where it can be read now.
+    """
     told, after = [], asked.after
     for plan in plans:
         planned = replace(plan, after=after)
         after = f"JOB-OF-{plan.verb}"
         # The others need the dataset.
         ready = plan.verb == "featurize" or (plans[0].result / "manifest.json").exists()
-        ready = ready and (plan.verb != "ablate" or Path(plan.words[0]).exists())
+        if plan.verb == "ablate":
+            plan = replace(plan, words=(str(grid), *plan.words[1:]))
         expected = Estimate.of(plan) if ready else None
         if asked.as_json:
-            told.append(_as_dict(plan, None) | (expected.as_dict() if expected else {}))
+            told.append(_as_dict(planned, None) | (expected.as_dict() if expected else {}))
             continue
         out.print(planned.shown(), soft_wrap=True, highlight=False)
         if expected is None:
@@ -195,10 +226,11 @@ def _show_chain(asked: Asked, plans: Sequence[Plan]) -> None:
 def _submit(context: typer.Context, verb: str, result: Path, words: Sequence[str]) -> None:
     asked = Asked.of(context)
     array, as_json = asked.array, asked.as_json
-    if array is not None and any(word.partition("=")[0] == "--part" for word in words):
-        raise UserError(
-            "--array with --part: an array has all parts", remedy="leave out one of them"
-        )
+    given = {word.partition("=")[0] for word in words}
+    for option, has in (("--part", "all parts"), ("--seed", "the seeds 0 to N − 1")):
+        if array is not None and option in given:
+            problem = f"--array N with {option}: an array of N has {has}"
+            raise UserError(problem, remedy="leave out one of the two")
     if verb == "train" and array is not None and asked.nodes > 1:
         raise UserError(
             f"--array with --nodes {asked.nodes}: an element has one node",

@@ -1,5 +1,6 @@
 """Crystals from files that were downloaded by hand → the same file and record as when fetched."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,8 @@ from featurization.streams import StreamBroken, json_elements, read_pieces
 
 # Documents a chunk, which is what is held in memory.
 CHUNK = 1000
+# How an answer of the Materials Project's API begins; a table of Matbench has lists in `data`.
+_ANSWER = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*"(?:data"\s*:\s*\[\s*[{\]]|meta"|errors")')
 _JSON = "give .jsonl or .json files, packed or not, of the documents that the API answers with"
 
 
@@ -72,11 +75,13 @@ def _unique(
 
 
 def summaries(file: Path) -> Iterator[dict[str, Any]]:
-    """Documents of the Materials Project: one a line, or a list of them.
+    """Documents of the Materials Project: one a line, a list of them, or an answer of its API.
 
     Raises:
         StreamBroken, Reject: the file breaks off, or is no JSON.
     """
+    if ".jsonl" not in file.name and _ANSWER.match(b"".join(islice(read_pieces(file), 1))):
+        return _data(file)
     try:
         source = open_source(str(file))
     except UserError as error:  # its remedy names more than --from takes
@@ -92,12 +97,14 @@ def structures(file: Path) -> Iterator[dict[str, Any]]:
     Raises:
         StreamBroken, Reject: as above.
     """
-    if ".jsonl" in file.name:
-        entries = summaries(file)
-    else:
-        elements = json_elements(read_pieces(file))
-        entries = _objects(text for key, text in elements if key == "data")
+    entries = summaries(file) if ".jsonl" in file.name else _data(file)
     return (entry for entry in entries if entry.get("type") == "structures")
+
+
+def _data(file: Path) -> Iterator[dict[str, Any]]:
+    """The documents in an answer of a server, `{"data": […], …}`."""
+    elements = json_elements(read_pieces(file))
+    return _objects(text for key, text in elements if key == "data")
 
 
 def _objects(texts: Iterable[bytes]) -> Iterator[dict[str, Any]]:

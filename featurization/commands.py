@@ -1,7 +1,7 @@
 """Verbs of `xtal` that make datasets and look into them: featurize, inspect, verify."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ from cluster.config import names
 from cluster.errors import RunFailed, UserError
 from cluster.mpi import agree
 from cluster.mpi import ranks as mpi_ranks
+from cluster.submit_verbs import SETTINGS
 from cluster.terminal import (
     AsJson,
     ConfigFile,
@@ -106,18 +107,17 @@ def featurize(
 
     ranks = mpi_ranks()
     with _fatal_for_all(ranks):
-        several = [each.strip() for each in radiation.split(",")] if radiation is not None else []
-        flags = {
-            "radiation": several[0] if several else None,
-            "also_radiation": several[1:] or None,
+        given = {
+            "config": config,
+            "radiation": radiation,
             "cell": cell,
             "selection": selection,
             "symprec": symprec,
             "b_iso": b_iso,
             "occupancy": occupancy,
-            "id_prop_label": label,
+            "label": label,
         }
-        settings = agree(ranks, lambda: configured(FeaturizationConfig, config, flags, _SPELLED))
+        settings = agree(ranks, lambda: _settings(given))
         if dry_run:
             expected = agree(
                 ranks, lambda: forecast(source, dataset, settings, ranks, append=append)
@@ -158,6 +158,17 @@ def featurize(
         for each in manifest["sources"]:
             if each["damage"]:
                 complain("warning", f"{each['spec']} ends early: {each['damage']}")
+
+
+def _settings(given: Mapping[str, Any]) -> FeaturizationConfig:
+    """The configuration that options give."""
+    several = given["radiation"]
+    radiation = [None] if several is None else [each.strip() for each in several.split(",")]
+    flags = {name: given[name] for name in ("cell", "selection", "symprec", "b_iso", "occupancy")}
+    flags |= {"radiation": radiation[0], "also_radiation": radiation[1:] or None}
+    return configured(
+        FeaturizationConfig, given["config"], flags | {"id_prop_label": given["label"]}, _SPELLED
+    )
 
 
 def inspect(
@@ -261,7 +272,7 @@ def verify(
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the command line."""
-    app.command()(featurize)
+    app.command(context_settings={"obj": {SETTINGS: _settings}})(featurize)
     app.command()(inspect)
     app.command()(verify)
 

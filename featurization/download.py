@@ -11,12 +11,14 @@ from cluster.files import sha256_of
 from featurization import web
 from featurization.addresses import checked_url, host_of
 from featurization.published import Archive
-from featurization.snapshot import Snapshot, clear, fetched
+from featurization.snapshot import Snapshot, clear, fetched, record_of
 from featurization.web import AGAIN, CUT, Progress, Refused, Say, Web, reason_of, too_large
 
 # Larger than any published archive, B.
 MAX_FILE = 4 << 30
 _PIECE = 1 << 20
+_ELSEWHERE = "give another FOLDER, or move it away"
+_BY_HAND = "open the address in a browser, and give what it saves with --from FILE"
 
 
 def fetch(
@@ -49,49 +51,74 @@ def fetch(
         )
     address = checked_url(url or archive.url, "--url")
     request = {"source": archive.source, "sha256": archive.sha256}
+    without_record = path.is_file() and not record_of(path).exists()
+    if without_record:
+        _check(archive, path, f"{path}, which is there already,", UserError, _ELSEWHERE)
+        say(f"{path} is there already, whole; only its record is written")
 
     def work(snapshot: Snapshot) -> dict[str, Any]:
-        if by_hand is not None:
-            _check(archive, by_hand, f"--from {by_hand}", UserError)
+        taken = path if without_record else by_hand
+        if without_record:
+            snapshot.data.unlink(missing_ok=True)
+        elif by_hand is not None:
+            again = f"download {archive.url} again"
+            _check(archive, by_hand, f"--from {by_hand}", UserError, again)
             shutil.copyfile(by_hand, snapshot.data)
         else:
-            download(Web(say), address, snapshot.data, progress)
-        try:
-            _check(archive, snapshot.data, address, RunFailed)
-        except RunFailed:
-            clear(snapshot.folder)
-            raise
+            _downloaded(archive, address, snapshot, say, progress)
         return {
             "source": archive.source,
-            "url": str(by_hand.absolute()) if by_hand else address,
+            "url": str(taken.absolute()) if taken else address,
             "structures": archive.structures,
             "licence": archive.licence,
             "cite": archive.cite,
         }
 
-    return path, fetched(path, request, work, restart=restart, say=say)
+    record = fetched(path, request, work, restart=restart, unrecorded=without_record, say=say)
+    return path, record
 
 
-def download(session: Web, url: str, path: Path, progress: Progress) -> None:
+def _downloaded(
+    archive: Archive, address: str, snapshot: Snapshot, say: Say, progress: Progress
+) -> None:
+    """Put the archive into the snapshot, begun anew once if the parts of it do not fit."""
+    in_parts = download(Web(say), address, snapshot.data, progress)
+    if in_parts and sha256_of(snapshot.data) != archive.sha256:
+        say(f"{host_of(address)}: what came in parts is another file; all of it again")
+        snapshot.data.unlink()
+        download(Web(say), address, snapshot.data, progress)
+    try:
+        other = f"take it from {archive.url}" if address != archive.url else _BY_HAND
+        _check(archive, snapshot.data, address, RunFailed, f"{other}; what came is not kept")
+    except RunFailed:
+        clear(snapshot.folder)
+        raise
+
+
+def download(session: Web, url: str, path: Path, progress: Progress) -> bool:
     """The bytes at an address, after those that `path` has of them already.
 
     Progress is told as (bytes there, bytes in all or 0). What `path` then holds must be checked:
     the server may have changed the file meanwhile.
 
+    Returns:
+        Whether they came in more than one part.
+
     Raises:
         RunFailed: the server does not give them, after several attempts without any progress.
     """
-    failures = 0
+    failures, most = 0, path.stat().st_size if path.exists() else 0
     while True:
         before = path.stat().st_size if path.exists() else 0
         try:
-            if _some(session, url, path, before, progress):
-                return
-            reason = "the answer was cut short"
+            reason = _some(session, url, path, before, progress)
+            if not reason:
+                return before > 0
         except CUT as error:
             reason = reason_of(error)
-        more = path.exists() and path.stat().st_size > before
-        failures = 1 if more else failures + 1
+        there = path.stat().st_size if path.exists() else 0
+        failures = 1 if there > most else failures + 1
+        most = max(most, there)
         if failures == web.ATTEMPTS:
             raise RunFailed(f"{host_of(url)}: {reason}", remedy=AGAIN)
         pause = web.PAUSE * 2 ** (failures - 1)
@@ -99,23 +126,23 @@ def download(session: Web, url: str, path: Path, progress: Progress) -> None:
         time.sleep(pause)
 
 
-def _some(session: Web, url: str, path: Path, before: int, progress: Progress) -> bool:
-    """Get what is missing of a file; False if it is still not whole."""
+def _some(session: Web, url: str, path: Path, before: int, progress: Progress) -> str:
+    """Get what is missing of a file; why it is still not whole, or nothing."""
     headers = {"accept-encoding": "identity"}
     if before:
         headers["range"] = f"bytes={before}-"
     with session.get(url, stream=True, headers=headers) as response:
         spoken = response.headers.get("content-range", "")
-        given = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", spoken)
-        if response.status_code == 416:  # nothing is missing, or the file is another one now
-            whole = spoken == f"bytes */{before}"
-            if not whole:
-                path.unlink()
-            return whole
+        given = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", spoken)
+        if response.status_code == 416 and spoken == f"bytes */{before}":
+            return ""
         if response.status_code == 206 and given and int(given[1]) == before:
-            total = int(given[2])
+            total = 0 if given[2] == "*" else int(given[2])
         elif response.status_code == 200:
             before, total = 0, int(response.headers.get("content-length") or 0)
+        elif before and response.status_code in (206, 416):
+            path.unlink()
+            return "it does not go on where it was cut; all of it again"
         else:
             raise Refused(
                 f"{host_of(str(response.url))} answers HTTP {response.status_code} in place of the "
@@ -129,18 +156,16 @@ def _some(session: Web, url: str, path: Path, before: int, progress: Progress) -
                 progress(done, total)
                 if done > MAX_FILE:
                     raise too_large(url, MAX_FILE)
-    return not total or done == total
+    return "the answer was cut short" if total and done != total else ""
 
 
 def _check(
-    archive: Archive, path: Path, what: str, failure: type[UserError] | type[RunFailed]
+    archive: Archive, path: Path, what: str, failure: type[UserError] | type[RunFailed], remedy: str
 ) -> None:
     found = sha256_of(path)
     if found != archive.sha256:
         raise failure(
             f"{what} is not {archive.file} as published: {path.stat().st_size:,} bytes with "
             f"SHA-256 {found}, not {archive.sha256}",
-            remedy=f"take it from {archive.url}; what came is not kept"
-            if failure is RunFailed
-            else f"download {archive.url} again",
+            remedy=remedy,
         )

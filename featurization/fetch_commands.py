@@ -1,5 +1,6 @@
 """`xtal fetch`: crystals from databases, with a record of what they are and where from."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,8 @@ def fetch_mp(
     """The Materials Project, by its API: needs mp-api and your key in MP_API_KEY.
 
     Of each material that is neither deprecated nor of GNoME: structure, symmetry, band gap, energy
-    above the hull, bulk and shear modulus. --from takes files of summary documents instead.
+    above the hull, bulk and shear modulus. --from takes files of summary documents instead, lines
+    or lists of them or answers of the API, and leaves out the same.
     """
     from featurization import by_hand as files
     from featurization import materials_project as source
@@ -66,11 +68,12 @@ def fetch_mp(
     if by_hand:
         if elastic or chemsys:
             raise UserError("--from takes all of a file", remedy="leave --elastic, --chemsys out")
+        left_out = Counter[str]()
         record = files.convert(
             by_hand,
             file,
-            source.ABOUT,
-            lambda each: map(source.trimmed, files.summaries(each)),
+            source.ABOUT | {"left_out": left_out},
+            lambda each: source.kept(files.summaries(each), left_out),
             restart=restart,
             say=_say,
         )
@@ -230,6 +233,7 @@ def _show(path: Path, record: dict[str, Any], as_json: bool) -> None:
     names = ("source", "provider", "database_version", "documents", "structures", "bytes")
     rows = {name.replace("_", " "): record[name] for name in names if name in record}
     rows |= {f"with {name}": count for name, count in record.get("labels", {}).items()}
+    rows |= {f"left out, {why}": count for why, count in record.get("left_out", {}).items()}
     summary(str(path), rows | {"licence": record["licence"]})
     out.print(f"SHA-256: {record['sha256']}", soft_wrap=True, highlight=False)
     if "cite" in record:

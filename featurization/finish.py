@@ -15,8 +15,8 @@ from cluster.files import replacing, sha256_of
 from cluster.provenance import provenance
 from featurization import journal
 from featurization.account import read_rejects, rejected_records, unaccounted
+from featurization.attribution import attribution
 from featurization.config import FeaturizationConfig
-from featurization.crystal import ATTRIBUTION
 from featurization.duplicates import Double
 from featurization.index import check_unchanged
 from featurization.journal import Commit, Plan, commits, remove_journal, write_commit
@@ -62,7 +62,8 @@ def finish(
     stages = write_rejects(out, _all_rejects(out, plan, before))
     shards = sorted(others + own, key=lambda row: str(row["file"]))
     rejected = sum(stages.values())
-    part = {"spec": plan.spec, **plan.source, "records": plan.index.count, "block": plan.block}
+    part = {"spec": plan.spec, **plan.source, **plan.recorded}
+    part |= {"records": plan.index.count, "block": plan.block}
     part["damage"] = plan.index.damage  # why the source ended before its end
     part["without_shard"] = without_shard
     sources = list(before["sources"]) if before else []
@@ -114,7 +115,7 @@ def assemble(
         "sources": sources,
         "shards": shards,
         "checksums": {name: sha256_of(out / name) for name in ("rejects.csv", "dataset.h5")},
-        "attribution": ATTRIBUTION,
+        "attribution": attribution(sources),
         "provenance": provenance(),
     }
 

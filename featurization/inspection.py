@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cluster.config import build_config
 from cluster.errors import UserError
+from featurization.attribution import attribution
 from featurization.cells import symmetry_of
 from featurization.config import FeaturizationConfig
 from featurization.crystal import CRYSTAL_SYSTEMS
@@ -64,7 +65,7 @@ def inspect_dataset(folder: Path) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "content_hash": manifest["content_hash"],
         "provenance": manifest.get("provenance", {}),
-        "attribution": manifest.get("attribution", ""),
+        "attribution": attribution(manifest["sources"]),
     }
 
 
@@ -179,7 +180,7 @@ def _row(ids: h5py.Dataset, id: str, folder: Path) -> int:
 @contextmanager
 def _opened(folder: Path, manifest: dict[str, Any]) -> Iterator[h5py.File]:
     """`dataset.h5`, with every shard in its place: HDF5 shows fill values for one that is not."""
-    remedy = f"xtal verify {folder} says what is damaged; featurize again into a new folder"
+    remedy = f"xtal verify {folder} --repair makes it again, if its source is where it was"
     for name in ["dataset.h5", *(row["file"] for row in manifest["shards"])]:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing", remedy=remedy)

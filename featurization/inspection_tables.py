@@ -29,6 +29,7 @@ def show_dataset(answer: dict[str, Any]) -> None:
                 f"{source['kind']}, {source['records']:,} records: {source['spec']}"
                 for source in answer["sources"]
             ),
+            "licence": answer["attribution"],
             "crystal systems": ", ".join(
                 f"{name} {count:,}" for name, count in answer["crystal_systems"].items() if count
             ),

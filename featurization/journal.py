@@ -20,7 +20,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Plan:
     config: dict[str, Any]
     index: Index
     block: int  # records that are claimed at a time
+    recorded: dict[str, str] = field(default_factory=dict)  # see `featurization.attribution`
 
 
 def write_plan(out: Path, plan: Plan) -> None:

@@ -9,7 +9,8 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ CHUNK = 250
 # Attempts to list: the server sorts by nothing, so that two of its pages may overlap.
 _LISTINGS = 3
 _KEY_LENGTH = 32
+_GNOME = "gnome_r2scan_statics"  # the batch of materials that are under CC BY-NC
 _WHERE = "your key stands at https://next-gen.materialsproject.org/api when you are logged in"
 
 
@@ -178,7 +180,7 @@ class _Materials:
         self._search, self._count = summaries.search, summaries.count
         # The names of the client's `search`, and of the server's own query.
         self._query: dict[str, Any] = {"deprecated": False, "include_gnome": False}
-        self._criteria = {"deprecated": False, "batch_id_not_eq": "gnome_r2scan_statics"}
+        self._criteria = {"deprecated": False, "batch_id_not_eq": _GNOME}
         if query["elastic"]:
             self._query["has_props"] = ["elasticity"]
             self._criteria["has_props"] = "elasticity"
@@ -262,6 +264,21 @@ class _Materials:
                 f"{self._host}, as its client says: {said or type(error).__name__}",
                 remedy="give the same command again; a newer mp-api may know a newer server",
             ) from None
+
+
+def kept(documents: Iterable[dict[str, Any]], left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+    """What we need of the documents that `fetch` would take; the others are counted."""
+    for document in documents:
+        made = document.get("builder_meta")
+        made = made if isinstance(made, dict) else {}
+        if document.get("deprecated") is True:
+            left_out["deprecated"] += 1
+        elif made.get("license") == "BY-NC" or _GNOME in [
+            e.get("batch_id") for e in (made, document)
+        ]:
+            left_out["of GNoME (CC BY-NC)"] += 1
+        else:
+            yield trimmed(document)
 
 
 def trimmed(document: dict[str, Any]) -> dict[str, Any]:

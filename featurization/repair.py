@@ -17,6 +17,7 @@ from cluster.files import disk_explained, sha256_of
 from cluster.mpi import Ranks, on_rank_0
 from featurization import journal
 from featurization.account import read_rejects, rejected_records, unaccounted
+from featurization.attribution import known
 from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize_held, hold
 from featurization.finish import assemble, write_rejects
@@ -208,7 +209,8 @@ def _reopen(folder: Path, part: int, spec: str, config: FeaturizationConfig) -> 
     shutil.rmtree(folder / journal.FOLDER, ignore_errors=True)
     (folder / journal.FOLDER).mkdir()
     index = build_index(source, folder / journal.FOLDER, listed["records"])
-    plan = Plan(part, first, absolute(spec), about, manifest["config"], index, listed["block"])
+    asked, block = manifest["config"], listed["block"]
+    plan = Plan(part, first, absolute(spec), about, asked, index, block, known(listed))
     write_known_ids(folder, plan)
     rows = [row for row in manifest["shards"] if row["part"] == part]
     rows.append(listed["without_shard"])

@@ -15,6 +15,7 @@ from cluster.errors import UserError
 from cluster.files import disk_explained, replacing, sha256_of
 from cluster.mpi import Ranks, on_rank_0
 from featurization import journal, logs
+from featurization.attribution import recorded
 from featurization.config import FeaturizationConfig, completed
 from featurization.index import build_index, index_is_whole
 from featurization.journal import Plan, read_plan, write_plan
@@ -182,12 +183,12 @@ def _decide(
     journal.remove_journal(out)
     folder.mkdir(parents=True)
     (out / "shards").mkdir(exist_ok=True)
-    index = build_index(source, folder)
+    index, said = build_index(source, folder), recorded(source, about)
     if _stat(source) != before:
         raise UserError(f"{spec} is being written to", remedy="wait until it is complete")
     block = min(BLOCK, config.shard_structures)
     asked = config.model_dump(mode="json")
-    plan = Plan(part, first_record, absolute(spec), about, asked, index, block)
+    plan = Plan(part, first_record, absolute(spec), about, asked, index, block, said)
     if part:
         write_known_ids(out, plan)
     write_plan(out, plan)

@@ -36,7 +36,7 @@ from cluster.files import replacing
 from featurization.cells import Symmetry
 from featurization.cloud import Cloud
 from featurization.config import FeaturizationConfig
-from featurization.crystal import ATTRIBUTION, LABEL_UNITS, FloatArray
+from featurization.crystal import LABEL_UNITS, FloatArray
 from featurization.manifest import FORMAT_VERSION
 from featurization.radiation import UNITS
 
@@ -207,7 +207,7 @@ def set_attributes(file: h5py.File, config: FeaturizationConfig, hash_of_all: st
     file.attrs["format_version"] = FORMAT_VERSION
     file.attrs["config"] = config.model_dump_json()
     file.attrs["content_hash"] = hash_of_all
-    file.attrs["attribution"] = ATTRIBUTION
+    file.attrs["attribution"] = "see attribution and sources in manifest.json"
 
 
 def point_columns(config: FeaturizationConfig) -> tuple[str, ...]:

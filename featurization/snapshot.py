@@ -37,6 +37,7 @@ from featurization.documents import labels_from
 from featurization.streams import StreamBroken, lines, read_pieces
 
 SUFFIXES = (".jsonl.gz", ".jsonl.zst", ".jsonl")
+_ELSEWHERE = "write into another folder, or move it away"
 _RESTART = "give --restart to give up what has come, and begin again"
 
 
@@ -107,7 +108,8 @@ class Snapshot:
         if self.record is None:
             if self.chunks:
                 self._check_documents()
-            sync(self.data)
+            there = self.data if self.data.exists() else self.path
+            sync(there)
             labels = sum((Counter(chunk["labels"]) for chunk in self.chunks), Counter[str]())
             self.record = {
                 "file": self.path.name,
@@ -115,8 +117,8 @@ class Snapshot:
                 **({"documents": self.documents, "labels": labels} if self.chunks else {}),
                 "fetched": datetime.now(UTC).isoformat(timespec="seconds"),
                 "request": self._request,
-                "bytes": self.data.stat().st_size,
-                "sha256": sha256_of(self.data),
+                "bytes": there.stat().st_size,
+                "sha256": sha256_of(there),
                 "program": f"crystal-genome {version('crystal-genome')}",
             }
             append_line(self._journal, json.dumps({"record": self.record}))
@@ -151,11 +153,15 @@ def fetched(
     work: Callable[[Snapshot], dict[str, Any]],
     *,
     restart: bool = False,
+    unrecorded: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The record of `path`, which is what `request` asks for; `work` fetches what is not there.
 
     `work` fills a snapshot, and returns what its record shall say.
+
+    Args:
+        unrecorded: `path` is there and right, and only its record is missing.
 
     Raises:
         UserError: `path`, or what was fetched of it so far, is something else; or another job is
@@ -167,7 +173,7 @@ def fetched(
         try:
             if restart:
                 clear(folder)
-            if path.exists() and not any(folder.iterdir()):
+            if path.exists() and not unrecorded and not any(folder.iterdir()):
                 record = finished(path, request)
                 say(f"{path} is there already, whole")
                 return record
@@ -191,7 +197,7 @@ def finished(path: Path, request: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         same, sha256, record = False, "", {}
     if not same:
-        raise UserError(f"{path} is there already, and is not this", remedy="give another name")
+        raise UserError(f"{path} is there already, and is not this", remedy=_ELSEWHERE)
     if sha256 != sha256_of(path):
         raise UserError(f"{path} is not what {record_of(path)} says", remedy="move both away")
     return record

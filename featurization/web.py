@@ -53,6 +53,8 @@ class Refused(RunFailed):
 class Web(requests.Session):
     """A session under the rules of this module; with a key, it follows no redirects.
 
+    The key goes out alone: where an answer echoes it, `(the key)` stands in its place.
+
     `say` is told of each pause.
     """
 
@@ -64,7 +66,7 @@ class Web(requests.Session):
         if key:
             self.headers["x-api-key"] = key
         for scheme in ("https://", "http://"):
-            self.mount(scheme, _Patient(say, bool(key)))
+            self.mount(scheme, _Patient(say, key))
 
     def document(self, url: str, **parameters: str) -> dict[str, Any]:
         """The JSON object at an address.
@@ -93,10 +95,10 @@ class Web(requests.Session):
 class _Patient(HTTPAdapter):
     """The transport: rules for addresses, sizes and times, and more than one attempt."""
 
-    def __init__(self, say: Say, has_key: bool) -> None:
+    def __init__(self, say: Say, key: str) -> None:
         super().__init__()
         self._say = say
-        self._has_key = has_key
+        self._key = key
 
     def get_connection_with_tls_context(self, *words: Any, **named: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*words, **named)
@@ -123,10 +125,10 @@ class _Patient(HTTPAdapter):
                     reason = f"HTTP {response.status_code}"
                     pause = _asked(response, pause)
                     response.close()
-                elif response.status_code in (401, 403) and self._has_key:
+                elif response.status_code in (401, 403) and self._key:
                     response.close()
                     raise KeyRefused(f"HTTP {response.status_code}")
-                elif response.is_redirect and self._has_key:
+                elif response.is_redirect and self._key:
                     response.close()
                     raise RunFailed(
                         f"{host} sends the request elsewhere, where the key must not go",
@@ -134,7 +136,7 @@ class _Patient(HTTPAdapter):
                     )
                 else:
                     if not stream:
-                        _read(response)
+                        _read(response, self._key)
                     return response
             except requests.exceptions.SSLError as error:
                 raise RunFailed(
@@ -191,8 +193,8 @@ class _Broken(Exception):
     """An answer that came whole, but is no answer."""
 
 
-def _read(response: requests.Response) -> None:
-    """Read a whole answer, which is kept in `response.content`.
+def _read(response: requests.Response, key: str) -> None:
+    """Read a whole answer, which is kept in `response.content`, but for the key.
 
     Raises:
         RunFailed: larger than the limit.
@@ -202,6 +204,8 @@ def _read(response: requests.Response) -> None:
     with _ends(response.raw.shutdown):
         response.raw = _Limited(response.raw, str(response.url))
         content = response.content
+    if key:
+        content = response._content = content.replace(key.encode(), b"(the key)")
     if response.status_code == 200:  # a redirect or a refusal may be anything
         try:
             orjson.loads(content)

@@ -637,6 +637,8 @@ def test_a_folder_belongs_to_one_grid(dataset, tmp_path, monkeypatch):
     grid = GridConfig(dataset=str(dataset), arms=("none",), seeds=(0, 1), training=tiny(epochs=1))
     out = tmp_path / "out"
     finished_by_hand(grid, out)
+    described = json.loads((out / "grid.json").read_text())
+    assert described["attribution"] == read_manifest(dataset)["attribution"]
     (out / "grid.json").rename(tmp_path / "grid.json")
     with pytest.raises(UserError, match="is not empty and holds no grid"):
         run_grid(grid, out)

@@ -146,6 +146,19 @@ def test_help_and_completion_have_every_name(call, words):
         assert all(name.startswith(begun) for name in found)
 
 
+@pytest.mark.parametrize("part", ["featurize", "train", "ablate", "all"])
+def test_the_help_of_a_submission_has_the_options_that_go_to_the_verb(call, part):
+    text = call("submit", part, "--help")[1]
+    if part == "all":
+        assert set(TASKS) <= set(re.findall(r"\w+", text))
+        return
+    theirs = COMMANDS[(part, "run") if part == "ablate" else (part,)].params
+    options = {p.opts[0] for p in theirs if p.param_type_name == "option"}
+    assert options <= set(re.findall(r"--[\w-]+", text))
+    known = {"train": (*TASKS, *names(ModelName)), "featurize": names(RadiationName)}
+    assert set(known.get(part, ())) <= set(re.findall(r"\w+", text))
+
+
 def test_the_help_of_a_group_says_where_the_options_are(call):
     assert "xtal ablate run --help" in " ".join(call("ablate", "--help")[1].split())
 
@@ -781,6 +794,9 @@ def test_bash_completes_verbs_and_options(tmp_path):
         '  echo "${COMPREPLY[@]}"; }\n'
         "try xtal tr\ntry xtal ablate st\ntry xtal train --ta\n"
         "try xtal ablate qu\ntry xtal ablate run qu\n"
+        # Of a submission also what goes to the verb.
+        "try xtal submit train d r --site s --ep\ntry xtal submit train d r --task sh\n"
+        "try xtal submit all d r --task log_s\ntry xtal submit all d r --ta\n"
     )
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -790,4 +806,5 @@ def test_bash_completes_verbs_and_options(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.split() == ["train", "status", "--task", "quick", "quick"]
+    expected = "train status --task quick quick --epochs shear_modulus log_shear_modulus --task"
+    assert done.stdout.split() == expected.split()

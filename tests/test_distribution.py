@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from contextlib import suppress
@@ -146,6 +147,17 @@ def test_the_lock_has_the_versions_of_the_constraints_each_with_its_hashes() -> 
     assert all(re.search(r"--hash=sha256:[0-9a-f]{64}\b", block) for block in blocks)
 
 
+# What the manual lets its reader write beside the program.
+PRIVATE = (
+    "site.toml",
+    "my_crystals.jsonl",
+    "my_crystals.jsonl.snapshot.json",
+    "predictions.csv",
+    "data/manifest.json",
+    "run/model.safetensors",
+)
+
+
 def built(folder: Path, mode: int, time: int) -> dict[str, bytes]:
     """Name → bytes of wheel and sdist, from a copy in `folder` of files of this mode and time."""
     ignored = shutil.ignore_patterns(
@@ -153,6 +165,9 @@ def built(folder: Path, mode: int, time: int) -> dict[str, bytes]:
     )
     copy = folder / "checkout"
     shutil.copytree(ROOT, copy, ignore=ignored)
+    for name in PRIVATE:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("of the user")
     for path in copy.rglob("*"):
         os.utime(path, (time, time))
         if path.is_file():
@@ -179,6 +194,13 @@ def test_wheel_and_sdist_are_the_same_bytes_wherever_and_whenever_built(tmp_path
     assert set(one) == {f"{name}-py3-none-any.whl", f"{name}.tar.gz"}
     for each, data in one.items():
         assert other[each] == data, each
+    with tarfile.open(tmp_path / "a" / "out" / f"{name}.tar.gz") as sdist:
+        shipped = {each.partition("/")[2] for each in sdist.getnames()}
+    assert set(PRIVATE) & shipped == set()
+    if (ROOT / ".git").exists():
+        ours = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+        assert shipped - set(ours) == {"PKG-INFO"}
+        assert {each for each in ours if (ROOT / each).exists()} <= shipped
     with zipfile.ZipFile(tmp_path / "a" / "out" / f"{name}-py3-none-any.whl") as wheel:
         names = set(wheel.namelist())
     assert {"xtal.py", "ablation/report.html", "slurm/train.sbatch"} <= names

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -187,18 +188,35 @@ def test_the_key_is_in_no_file_and_goes_nowhere_else(project, tmp_path, monkeypa
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*.*"))
 
 
-@pytest.mark.parametrize("status", [400, 404, 422])
-def test_a_refusal_that_echoes_the_key_is_redacted(project, tmp_path, status):
+@pytest.mark.parametrize("status", [301, 400, 404, 418, 422, 451])
+@pytest.mark.parametrize("from_the_first", [True, False])
+def test_a_refusal_that_echoes_the_key_is_redacted(
+    project, tmp_path, monkeypatch, capfd, status, from_the_first
+):
     good = materials_project(materials(3))
     project.project = lambda server, request: (
         good(server, request)
-        if "heartbeat" in request.path
+        if "heartbeat" in request.path and not from_the_first
         else Answer({"detail": f"bad {request.headers['x-api-key']}\x1b[2J"}, status)
     )
-    with pytest.raises(RunFailed) as raised:
-        mp.fetch(tmp_path / "a.jsonl", **QUIET)
-    assert KEY not in str(raised.value)
-    assert "\x1b" not in str(raised.value)
+    assert command(monkeypatch, "fetch", "mp", tmp_path / "a.jsonl") == 1
+    output = capfd.readouterr()
+    if from_the_first:  # later, the client may have words of its own
+        assert "bad (the key)" in " ".join(output.err.split())
+    assert KEY not in output.out + output.err
+    assert "\x1b[2J" not in output.err
+    assert left(tmp_path) == []
+
+
+def test_a_version_that_echoes_the_key_brings_it_into_no_file(project, tmp_path):
+    def echoes(server, request):
+        key = request.headers["x-api-key"]
+        return materials_project(materials(3), [f"1 of {key}"])(server, request)
+
+    project.project = echoes
+    mp.fetch(tmp_path / "a.jsonl", **QUIET)
+    assert record(tmp_path / "a.jsonl")["database_version"] == "1 of (the key)"
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*.*"))
 
 
 def test_a_database_that_changes_is_no_snapshot(project, tmp_path):
@@ -496,6 +514,115 @@ def test_an_archive_by_hand_is_checked(task, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, "fetch", "matbench", task, out, "--from", tmp_path / "no") == 2
 
 
+def half(content: bytes, task: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a command leaves that got half of a file and then nothing more."""
+    with serving(archive(content)) as server:
+        server.faults = [databases.fine, databases.truncated]
+        server.faults += 2 * web.ATTEMPTS * [databases.broken]
+        words = ("fetch", "matbench", task, folder, "--url", f"{server.url}/files/1")
+        assert command(monkeypatch, *words) == 1
+    part = folder / "matbench_log_kvrh.json.gz.partial" / "data"
+    assert 0 < part.stat().st_size < len(content)
+    return part
+
+
+@pytest.mark.parametrize(
+    ("span", "asked"),
+    [
+        (lambda start: f"bytes {start}-{len(TABLE) - 1}/*", 1),
+        (lambda start: f"bytes {start - 1}-{len(TABLE) - 1}/{len(TABLE)}", 2),
+        (lambda start: "", 2),
+    ],
+)
+def test_a_server_with_its_own_way_of_ranges_gives_the_file(
+    task, tmp_path, monkeypatch, span, asked
+):
+    half(TABLE, task, tmp_path, monkeypatch)
+
+    def reply(server, request):
+        if not request.headers["range"]:
+            return Answer(TABLE)
+        start = int(request.headers["range"].removeprefix("bytes=").removesuffix("-"))
+        return Answer(TABLE[start:], 206, content_range=span(start))
+
+    with serving(reply) as server:
+        words = ("fetch", "matbench", task, tmp_path, "--url", f"{server.url}/files/1")
+        assert command(monkeypatch, *words) == 0
+        assert len(server.asked) == asked
+    assert (tmp_path / "matbench_log_kvrh.json.gz").read_bytes() == TABLE
+
+
+def test_a_server_that_always_cuts_and_never_goes_on_is_given_up(tmp_path):
+    def reply(server, request):
+        if request.headers["range"]:
+            return Answer(TABLE, 206)
+        answer = Answer(TABLE)
+        databases.truncated(answer)
+        return answer
+
+    with serving(reply) as server, pytest.raises(RunFailed):
+        download.download(Web(), server.url, tmp_path / "a", lambda done, total: None)
+
+
+def test_wrong_bytes_in_a_part_are_begun_anew(task, tmp_path, monkeypatch, capsys):
+    part = half(TABLE, task, tmp_path, monkeypatch)
+    part.write_bytes(part.stat().st_size * b"x")
+    capsys.readouterr()
+    with serving(archive(TABLE)) as server:
+        words = ("fetch", "matbench", task, tmp_path, "--url", f"{server.url}/files/1")
+        assert command(monkeypatch, *words) == 0
+    assert "what came in parts is another file; all of it again" in capsys.readouterr().err
+    assert (tmp_path / "matbench_log_kvrh.json.gz").read_bytes() == TABLE
+
+
+def test_the_remedy_for_another_file_is_not_the_address_just_used(
+    task, tmp_path, monkeypatch, capsys
+):
+    import dataclasses
+
+    with serving(archive(TABLE + b"!")) as server:
+        there = dataclasses.replace(published.MATBENCH[task], url=f"{server.url}/files/1")
+        monkeypatch.setitem(published.MATBENCH, task, there)
+        assert command(monkeypatch, "fetch", "matbench", task, tmp_path) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"take it from {there.url}" not in said
+    assert "in a browser, and give what it saves with --from FILE; what came is not kept" in said
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_an_archive_that_stands_in_its_place_gets_its_record(
+    task, tmp_path, monkeypatch, capsys, by_hand
+):
+    path = tmp_path / "matbench_log_kvrh.json.gz"
+    path.write_bytes(TABLE)
+    words = ("fetch", "matbench", task, tmp_path, *(["--from", path] if by_hand else []))
+    assert command(monkeypatch, *words) == 0
+    assert "is there already, whole; only its record is written" in capsys.readouterr().err
+    assert left(tmp_path) == [path.name, path.name + ".snapshot.json"]
+    assert path.read_bytes() == TABLE
+    told = record(path)
+    assert (told["sha256"], told["bytes"]) == (hashlib.sha256(TABLE).hexdigest(), len(TABLE))
+    assert told["url"] == str(path)
+    assert command(monkeypatch, *words) == 0
+    assert record(path) == told
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_file_in_the_place_of_an_archive_is_left_alone(
+    task, tmp_path, monkeypatch, capsys, recorded
+):
+    given, path = tmp_path / "download.gz", tmp_path / "matbench_log_kvrh.json.gz"
+    given.write_bytes(TABLE)
+    path.write_bytes(b"mine")
+    if recorded:
+        record_of(path).write_text("{}")
+    assert command(monkeypatch, "fetch", "matbench", task, tmp_path, "--from", given) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("write into another folder" if recorded else "give another FOLDER") in said
+    assert "another name" not in said
+    assert path.read_bytes() == b"mine"
+
+
 def test_a_download_and_a_mirror_are_not_taken_together(task, tmp_path, monkeypatch, capsys):
     given, out = tmp_path / "download.gz", tmp_path / "out"
     given.write_bytes(TABLE)
@@ -535,6 +662,40 @@ def test_documents_by_hand_become_the_same_file(project, tmp_path, monkeypatch):
     broken.write_bytes(second.read_bytes()[:-9])
     assert command(monkeypatch, "fetch", "mp", third, "--from", broken) == 2
     assert not third.exists()
+
+
+def test_by_hand_leaves_out_what_fetching_leaves_out(tmp_path, monkeypatch, capsys):
+    given = materials(9)
+    given[0]["deprecated"] = True
+    given[1]["builder_meta"] = {"license": "BY-NC", "batch_id": None}
+    given[2]["builder_meta"] = {"license": None, "batch_id": "gnome_r2scan_statics"}
+    given[3]["batch_id"] = "gnome_r2scan_statics"
+    given[4]["builder_meta"] = {"license": "BY-C", "batch_id": "another"}
+    given[5]["builder_meta"] = "odd"
+    out, first = tmp_path / "a.jsonl.gz", write_lines(tmp_path / "1.jsonl", given)
+    assert command(monkeypatch, "fetch", "mp", out, "--from", first) == 0
+    assert documents(out) == [mp.trimmed(each) for each in given[4:]]
+    assert record(out)["left_out"] == {"deprecated": 1, "of GNoME (CC BY-NC)": 3}
+    assert record(out)["documents"] == 5
+    said = capsys.readouterr().out
+    assert re.search(r"left out, deprecated\W+1\b", said)
+    assert re.search(r"left out, of GNoME \(CC BY-NC\)\W+3\b", said)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("turned", [False, True])
+def test_answers_of_the_api_by_hand(tmp_path, monkeypatch, indent, turned):
+    meta = {"api_version": "0.87.1", "total_doc": 4}
+    answer = {"data": materials(4), "errors": None, "meta": meta}
+    if turned:
+        answer = dict(reversed(answer.items()))
+    given = tmp_path / "api.json"
+    given.write_text(json.dumps(answer, indent=indent))
+    packed = tmp_path / "more.json.gz"
+    packed.write_bytes(gzip.compress(json.dumps(answer | {"data": materials(6)[4:]}).encode()))
+    out = tmp_path / "a.jsonl.gz"
+    assert command(monkeypatch, "fetch", "mp", out, "--from", given, "--from", packed) == 0
+    assert documents(out) == [mp.trimmed(each) for each in materials(6)]
 
 
 def test_a_file_that_by_hand_cannot_be_is_told_what_can(tmp_path, monkeypatch, capsys):

@@ -293,13 +293,15 @@ def no_column(folder):
 
 
 @pytest.mark.parametrize("damage", [no_shard, no_virtual, cut_short, no_column])
-def test_a_damaged_dataset_is_named(folder, tmp_path, damage):
+def test_a_damaged_dataset_is_named_and_the_remedy_mends_it(folder, tmp_path, damage, monkeypatch):
     shutil.copytree(folder, tmp_path / "out")
     damage(tmp_path / "out")
     for look in (inspect_dataset, lambda out: read_diffraction(out, "pyrite")):
         with pytest.raises(UserError, match=r"is missing|cannot be read") as caught:
             look(tmp_path / "out")
-        assert "xtal verify" in caught.value.remedy
+        assert caught.value.remedy.startswith(f"xtal verify {tmp_path / 'out'} --repair makes")
+    assert command(monkeypatch, "verify", tmp_path / "out", "--repair") == 0
+    assert inspect_dataset(tmp_path / "out")["structures"] == 3
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -528,7 +529,8 @@ def test_the_card_tells_what_the_files_hold(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
     for metric in metrics["metrics"].values():
         assert f"{metric['value']:.3f}" in text
-    assert "CC BY 4.0" in text
+    assert "AFLOW prototypes: M. J. Mehl et al., Comput. Mater. Sci. 136, S1" in text
+    assert "CC BY 4.0" not in text
     temperature = metrics["calibration"]["temperature"]
     assert f"A temperature of {temperature:.3f}, fitted on validation" in text
     assert "no prediction is scaled by it" in text
@@ -538,6 +540,25 @@ def test_the_card_tells_what_the_files_hold(trained):
     assert "miller:2" in text
     assert str(trained.parent) not in text
     assert json.loads((trained / "config.json").read_text())["dataset"] not in text
+
+
+def test_metrics_and_card_tell_the_licence_that_the_manifest_has(
+    trained, dataset, tmp_path, monkeypatch
+):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(dataset, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["sources"][0] |= {"kind": "jsonl", "path": "o.jsonl.gz", "source": "OPTIMADE"}
+    manifest["sources"][0] |= {"provider": "OQMD", "licence": "CC-BY-NC-4.0"}
+    path.write_text(json.dumps(manifest))
+    words = ("evaluate", tmp_path / "run", "--dataset", tmp_path / "data")
+    assert command(monkeypatch, *words) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["attribution"] == "o.jsonl.gz (OPTIMADE, OQMD): licence CC-BY-NC-4.0."
+    text = (tmp_path / "run" / card.FILE).read_text()
+    assert "OPTIMADE, OQMD" in text
+    assert "licence CC-BY-NC-4.0. Whoever passes on the model" in text
 
 
 def test_the_card_is_escaped(trained):

@@ -14,7 +14,7 @@ from cluster.ray_cluster import cpus_of
 from cluster.ray_node import resources
 from cluster.site import VERBS, Site, check_time, read_site, write_setup
 from cluster.slurm import Job, Kind, look, parse_kind, parse_sacct, parse_show_job, seconds_of
-from cluster.submit import Plan
+from cluster.submit import Plan, clean_environment
 from cluster.submit_asked import Estimate
 
 # What a dry run of 24 trainings of an hour says.
@@ -214,10 +214,66 @@ def test_without_slurm_the_remedy_is_said(
     said = capsys.readouterr().err
     assert "there is no scontrol here" in said
     assert "login node" in said
+    for grid in (["ablate", "quick", tmp_path / "g", "--dataset", "d"],
+                 ["all", "prototypes:9", tmp_path / "a", "--grid", "quick"]):  # fmt: skip
+        assert command(monkeypatch, "submit", *grid, "--site", site) == 1
+        assert "there is no scontrol here" in capsys.readouterr().err
     assert command(monkeypatch, *words, "--bogus") == 2
     assert "No such option: --bogus" in capsys.readouterr().err
     assert command(monkeypatch, "jobs", tmp_path / "out") == 2
     assert "no job was submitted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("all prototypes:9 RUN --task colour", "--task colour: must be 'crystal_system'"),
+        ("all prototypes:9 RUN --task all", "the default grid asks one question"),
+        ("all prototypes:9 RUN --grid none.toml", "none.toml: no such file"),
+        ("all prototypes:9 RUN --grid wrong.toml", "retries = 'many'"),
+        ("all prototypes:9 RUN --training wrong.toml", "retries: unknown key"),
+        ("all prototypes:9 RUN --features wrong.toml", "retries: unknown key"),
+        ("train data RUN --task colour", "--task colour: must be 'crystal_system', 'bulk_modulus'"),
+        ("train data RUN --array 2 --model magic", "--model magic: must be 'pointnet'"),
+        ("train data RUN --task all --epochs 0", "--epochs 0: must be"),
+        ("featurize prototypes:9 RUN --radiation light", "--radiation light: must be"),
+        ("ablate wrong.toml RUN", "retries = 'many'"),
+        ("ablate quik RUN --dataset data", "quik: no such file"),
+        ("ablate quick RUN", "quick.toml: dataset: not given"),
+        ("train data RUN --array 2 --seed=5", "an array of N has the seeds 0 to N − 1"),
+    ],
+)
+def test_what_a_verb_would_refuse_is_refused_before_it_waits_in_a_queue(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.toml").write_text('retries = "many"\n')
+    assert command(monkeypatch, "submit", *words.split(), "--site", str(SITES[0])) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.toml"]
+
+
+def test_a_grid_that_was_edited_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "grid.toml").write_text("seeds = [7]\n")
+    words = ["submit", "all", "prototypes:9", tmp_path / "run", "--site", str(SITES[0])]
+    assert command(monkeypatch, *words) == 2
+    assert "grid.toml is another grid than that of --task bulk_modulus" in capsys.readouterr().err
+    assert (tmp_path / "run" / "grid.toml").read_text() == "seeds = [7]\n"
+
+
+def test_what_another_job_was_told_does_not_reach_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "XTAL_SETUP", "XTAL_RAY_JOB", "SLURM_CONF"):
+        monkeypatch.setenv(name, "/somewhere")
+    found = clean_environment()
+    assert found["SLURM_CONF"] == "/somewhere"
+    assert not [name for name in found if name.startswith(("XTAL_", "SLURM_JOB"))]
 
 
 @pytest.mark.parametrize(

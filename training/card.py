@@ -10,7 +10,6 @@ from typing import Any
 
 from cluster.errors import UserError
 from cluster.files import write_text
-from featurization.crystal import ATTRIBUTION
 from training.config import BLEND
 from training.metrics import METRICS
 from training.tasks import TASKS
@@ -72,8 +71,8 @@ def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
         "",
         f"Content hash of the dataset: `{_code(recorded['identity']['content_hash'])}`.",
         "",
-        ATTRIBUTION + " (<https://creativecommons.org/licenses/by/4.0/>) Whoever passes on the "
-        "model or its predictions must say so.",
+        f"{_plain(metrics['attribution'])} Whoever passes on the model or its predictions must "
+        "keep to that.",
         "",
         f"## Results on {metrics['structures']:,} test crystals of {metrics['groups']:,} unseen "
         "groups",

@@ -1,11 +1,13 @@
 """Verbs of `xtal` that train and use what is trained: train, evaluate, predict."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cluster.config import names
+from cluster.submit_verbs import SETTINGS
 from cluster.terminal import (
     AsJson,
     ConfigFile,
@@ -21,6 +23,8 @@ from training.config import ModelName, TrainingConfig
 from training.tasks import TASKS
 
 _DEFAULTS = TrainingConfig()
+# Options of a training that set keys of its configuration.
+_FLAGS = ("task", "also", "threshold", "model", "members", "epochs", "init", "seed", "workers")
 
 
 def train(
@@ -86,7 +90,8 @@ def train(
     from training.train import questions_of
     from training.train import train as run_training
 
-    flags: dict[str, Any] = {
+    given: dict[str, Any] = {
+        "config": config,
         "task": task,
         "threshold": threshold,
         "model": model,
@@ -94,13 +99,13 @@ def train(
         "epochs": epochs,
         "init": init,
         "seed": seed,
-        "workers": workers or None,
+        "workers": workers,
     }
     if task == "all":
-        flags["task"], *flags["also"] = questions_of(dataset)
-    settings = configured(TrainingConfig, config, flags)
+        given["task"], *given["also"] = questions_of(dataset)
+    settings = _settings(given)
     if workers == 0 and settings.workers == 1 and not settings.in_one_process:
-        settings = configured(TrainingConfig, config, flags | {"workers": whole_job()})
+        settings = _settings(given | {"workers": whole_job()})
     if dry_run:
         expected = expect(dataset, settings)
         if as_json:
@@ -123,6 +128,14 @@ def train(
         show_json(answer)
     else:
         show(run, answer)
+
+
+def _settings(given: Mapping[str, Any]) -> TrainingConfig:
+    """The configuration that options give; which questions all are, only a dataset can say."""
+    flags = {name: given.get(name) for name in _FLAGS}
+    flags["task"] = None if flags["task"] == "all" else flags["task"]
+    flags["workers"] = flags["workers"] or None
+    return configured(TrainingConfig, given["config"], flags)
 
 
 def evaluate(
@@ -208,6 +221,6 @@ def predict(
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the command line."""
-    app.command()(train)
+    app.command(context_settings={"obj": {SETTINGS: _settings}})(train)
     app.command()(evaluate)
     app.command()(predict)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cluster.errors import UserError
 from cluster.files import replacing, write_text
 from cluster.provenance import provenance
-from featurization.crystal import ATTRIBUTION
+from featurization.attribution import attribution
 from featurization.manifest import read_manifest
 from training.appraisal import appraise, compare, plain, predictions_of
 from training.breakdown import by_part
@@ -88,7 +88,8 @@ def evaluate_run(
             remedy=f"choose one of {', '.join(names)}",
         )
     folder = dataset or Path(recorded["dataset"])
-    found, asked = read_manifest(folder)["content_hash"], recorded["identity"]["content_hash"]
+    manifest = read_manifest(folder)
+    found, asked = manifest["content_hash"], recorded["identity"]["content_hash"]
     if found != asked:
         raise UserError(
             f"{folder} has content hash {found[:12]}…, the model was trained on {asked[:12]}…",
@@ -126,6 +127,7 @@ def evaluate_run(
     if answers:
         answer["also"] = answers
     answer |= {"best_epoch": trained.states[0]["best_epoch"], "provenance": provenance()}
+    answer["attribution"] = attribution(manifest["sources"])
     log_evaluation(run, data, parts, first, config.question, answer)
     write_text(run / "metrics.json", json.dumps(answer, indent=1, ensure_ascii=False))
     write_card(run)
@@ -210,5 +212,4 @@ def summarize(
         "metrics": plain({name: asdict(interval) for name, interval in intervals.items()}),
         "confusion_matrix": confusion_matrix(target, probability_NC).tolist(),
         "class_counts": parts.class_counts(task.classes),
-        "attribution": ATTRIBUTION,
     }

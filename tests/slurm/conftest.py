@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machines import Machines, obstacle
+from machines import USERS, Machines, obstacle
 
 from cluster.mpi import OneProcess
 from featurization.config import FeaturizationConfig
@@ -40,13 +40,15 @@ def place(slurm: Machines, request: pytest.FixtureRequest) -> Path:
 def nothing_is_left(slurm: Machines) -> Iterator[None]:
     """After each test: no job, no process and no file of one on any node."""
     yield
-    slurm.run("scancel", "--state=PENDING", "--user=root", check=False)
-    slurm.run("scancel", "--user=root", check=False)
+    for more in (["--state=PENDING"], []):
+        for user in ("root", *USERS):
+            slurm.run("scancel", f"--user={user}", *more, check=False)
     slurm.until(lambda: slurm.run("squeue", "-h").stdout == "", "the queue is empty", 60)
     slurm.until(lambda: len(slurm.idle()) == len(slurm.nodes), "all nodes are idle", 60)
     for node in slurm.nodes:
         slurm.until(lambda n=node: slurm.processes(n) == [], f"no process is left on {node}", 20)
         assert slurm.left_in_tmp(node) == []
+        assert slurm.on(node, ["ls", "-A", "/dev/shm"]).stdout == ""
 
 
 @pytest.fixture(scope="session")

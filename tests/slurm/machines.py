@@ -20,12 +20,14 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "unshare", "nsenter", "ip")
 _NETWORK = "10.77.0."  # within the namespaces only
+USERS = {"alice": 7001, "bob": 7002}  # who the hosts know besides root and the like
 _LOGIN = "login"
 
 _HOST = """
 set -e
 hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
+mount --bind "$2/passwd" /etc/passwd
 mount --bind "$3" "$2/checkout"
 mount -t tmpfs -o size=6g,mode=1777 tmpfs /tmp
 mkdir -p "$3"
@@ -36,6 +38,17 @@ touch "$2/run/ready-$1"
 exec {python} -c 'import os, signal
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 while True: signal.pause()'
+"""
+
+# A folder of root's alone becomes an empty one for all, with the same places within.
+_OPEN = """
+set -e
+closed=$0 hold=$1; shift
+at=0
+for place; do at=$((at + 1)); mkdir -p "$hold/$at"; mount --bind "$place" "$hold/$at"; done
+mount -t tmpfs -o size=1m,mode=755 tmpfs "$closed"
+at=0
+for place; do at=$((at + 1)); mkdir -p "$place"; mount --bind "$hold/$at" "$place"; done
 """
 
 _CONF = """
@@ -130,6 +143,10 @@ class Machines:
         self.addresses = {name: f"{_NETWORK}{last}" for name, last in addresses.items()}
         lines = ["127.0.0.1 localhost", *(f"{a} {name}" for name, a in self.addresses.items())]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
+        known = Path("/etc/passwd").read_text().splitlines()
+        for name, uid in USERS.items():
+            known.append(f"{name}:x:{uid}:{uid}::{self.shared}/home-{name}:/bin/sh")
+        (self.folder / "passwd").write_text("\n".join(known) + "\n")
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
@@ -260,6 +277,26 @@ class Machines:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the login node."""
         return self.on(_LOGIN, words, check=check, **more)
+
+    def open_to_all(self, host: str) -> None:
+        """Let any user reach Python and the checkout, which may lie in a folder of root's alone."""
+        places = [Path(sys.base_prefix), Path(sys.prefix), ROOT]
+        self.folder.chmod(0o755)
+        above = {each for place in places for each in place.parents}
+        closed = [each for each in sorted(above) if not each.stat().st_mode & 0o001]
+        for top in [each for each in closed if not set(each.parents) & set(closed)]:
+            inside = [place for place in places if place.is_relative_to(top)]
+            hold = self.folder / "run" / f"held-{host}"
+            self.on(host, ["sh", "-c", _OPEN, top, hold, *inside])
+
+    def as_user(self, name: str, host: str, words: Sequence[str | Path], **more: Any) -> Any:
+        """Run a command on a host as one of `USERS`, who has a home in the shared folder."""
+        home = self.shared / f"home-{name}"
+        if not home.exists():
+            home.mkdir(mode=0o700)
+            os.chown(home, USERS[name], USERS[name])
+        who = [f"--reuid={name}", f"--regid={USERS[name]}", "--clear-groups"]
+        return self.on(host, ["setpriv", *who, "env", f"HOME={home}", *words], **more)
 
     def environment(self) -> dict[str, str]:
         """As of a user who has activated the virtual environment."""

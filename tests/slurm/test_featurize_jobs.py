@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,27 @@ def test_a_chain_uses_all_nodes_and_is_checked_before_it_begins(
         done = slurm.run(*words, more, check=False)
         assert done.returncode == 2
         assert said in done.stderr
+
+
+def test_a_chain_whose_data_is_there_says_what_each_part_takes(
+    slurm: Machines, place: Path, small: Path
+) -> None:
+    shutil.copytree(small, place / "run" / "dataset")
+    words = ["xtal", "submit", "all", "prototypes:140", place / "run", "--task", "crystal_system"]
+    (place / "features.toml").write_text('selection = "miller:2"\nshard_structures = 50\n')
+    words += ["--features", place / "features.toml", "--site", slurm.shared / "site.toml"]
+    told = json.loads(slurm.run(*words, "--dry-run", "--json").stdout)
+    assert all(each["job_seconds"] > 0 for each in told[1:])
+    assert told[2]["words"][0] == str(place / "run" / "grid.toml")
+    assert sum(told[2]["expected"]["counts"]["arm"].values()) == 18  # six arms, three seeds
+    assert told[2]["expected"]["counts"]["task"] == {"crystal_system": 18}
+    assert sorted(path.name for path in (place / "run").iterdir() if path.is_dir()) == [
+        "ablation.jobs",
+        "dataset",
+        "dataset.jobs",
+        "train.jobs",
+    ]
+    assert not (place / "run" / "grid.toml").exists()
 
 
 @pytest.mark.parametrize(
