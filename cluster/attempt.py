@@ -31,8 +31,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
+from cluster.descendants import adopt_orphans, descendants, end_all
 from cluster.errors import DiskFailed, RunFailed, Stopped, UserError
 from cluster.files import append_line, disk_explained, temporary_folder, whole_lines
+from cluster.ray_session import remove_orphans
 from cluster.slurm import look
 
 ATTEMPTS = "attempts.jsonl"
@@ -152,10 +154,13 @@ class Attempt:
         while True:
             if self.received:
                 return 128 + self.received
+            others = descendants()  # of the site's `setup`
             self._child = subprocess.Popen(self._command)
             if self.received:  # it came in between
                 self._child.send_signal(signal.SIGUSR1)
             code = self._child.wait()
+            end_all(but=others)  # such as Ray, whose driver was killed
+            remove_orphans()
             code = code if code >= 0 else 128 - code
             if code in (0, _REQUEUE, _BAD_INPUT) or self.received:
                 return code
@@ -267,6 +272,7 @@ def main() -> None:
     given, command = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     if not command:
         parser.error("give a command after --")
+    adopt_orphans()
     jobs, place, job = jobs_folder(given.result), given.place or given.result, this_job()
     # Not tempfile's, which passes over a full one.
     attempt = Attempt([jobs, temporary_folder()], command, lambda: mark(place))

@@ -5,7 +5,6 @@ Ray's processes become children of this one, whatever forks them, and are gone w
 """
 
 import argparse
-import ctypes
 import json
 import os
 import select
@@ -20,11 +19,11 @@ from typing import Any
 
 import psutil
 
+from cluster.descendants import adopt_orphans, end_all
 from cluster.errors import RunFailed, UserError
 from cluster.memory import available
 from cluster.ray_session import cores, job_metrics, metrics_settings, private_folder
 
-_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _RAY = (sys.executable, "-c", "from ray.scripts.scripts import main; main()")
 _STORE = (1 << 27, 1 << 31)  # least and most bytes of the object store: trials share no objects
 _STORE_SHARE = 0.1  # of the node's memory
@@ -118,7 +117,7 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         taken = "Failed to bind to" in said
         if not taken and (done.returncode == 0 or "timed out during startup" not in said):
             break
-        _end_all()
+        end_all()
     if done.returncode or taken:
         lines = "\n".join(said.splitlines()[-15:])
         raise RunFailed(f"ray start failed:\n{lines}", remedy="see these lines")
@@ -157,21 +156,6 @@ def _answer(port: int, token: str) -> str:
         return stream.recv(200).decode(errors="replace").partition("\r\n")[0]
 
 
-def _adopt_orphans() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_SUBREAPER, 1, 0, 0, 0)
-
-
-def _end_all() -> None:
-    """Kill all descendants, until there are none."""
-    while found := psutil.Process().children(recursive=True):
-        for process in found:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(found, timeout=1)
-
-
 def _wait_for_the_end() -> None:
     """Return once the batch step is gone (end of standard input) or Ray on this node is."""
     ours = [p for p in psutil.Process().children(recursive=True) if p.name() == "raylet"]
@@ -199,7 +183,7 @@ def main() -> None:
         return
     if given.cores is not None:  # SLURM 22.05 tells each step those of the first node
         os.environ["SLURM_CPUS_ON_NODE"] = given.cores
-    _adopt_orphans()
+    adopt_orphans()
     signal.signal(signal.SIGTERM, _leave)
     token = os.read(sys.stdin.fileno(), 4096).decode().strip()
     try:
@@ -209,7 +193,7 @@ def main() -> None:
                 _wait_for_the_end()
             finally:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                _end_all()
+                end_all()
     except (RunFailed, UserError) as error:
         sys.exit(str(error))
 

@@ -129,7 +129,7 @@ def private_folder(token: str) -> Iterator[Path]:
 
     What a killed process left is removed by the next one.
     """
-    _remove_orphans()
+    remove_orphans()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_temporary()))
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -251,7 +251,7 @@ def _temporary() -> Path:
     return wanted if len(os.fsencode(wanted)) <= 16 else Path("/tmp")
 
 
-def _remove_orphans() -> None:
+def remove_orphans() -> None:
     """Remove the folders of sessions whose process is gone: the kernel has dropped its lock."""
     for folder in _temporary().glob(f"{_PREFIX}*"):
         try:

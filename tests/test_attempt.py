@@ -37,6 +37,23 @@ def test_a_signal_death_is_told(tmp_path: Path) -> None:
     assert tried(tmp_path / "out", script).returncode == 137
 
 
+def test_what_a_killed_command_started_ends_with_it(tmp_path: Path) -> None:
+    """As Ray's processes, whose driver the kernel ends when memory runs out."""
+    script = (
+        "import os, signal, subprocess, time\n"
+        "from cluster.ray_session import private_folder\n"
+        "with private_folder('secret') as folder:\n"
+        "    sleep = '(setsid sleep 300 & echo $!; exec sleep 300) &'\n"
+        "    subprocess.run(['sh', '-c', sleep], start_new_session=True, check=True)\n"
+        "    print(folder, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = tried(tmp_path / "out", script)
+    assert done.returncode == 137
+    pid, folder = sorted(done.stdout.split(), key=len)
+    assert not Path(f"/proc/{pid}").exists()
+    assert not Path(folder).exists()
+
+
 def test_mark_sees_work_and_nothing_else(tmp_path: Path) -> None:
     assert mark(tmp_path / "not there") == mark(tmp_path)
     (tmp_path / "logs").mkdir()

@@ -426,6 +426,22 @@ def test_a_folder_in_use_is_refused(finished, dataset, tmp_path):
         train(dataset, tmp_path / "notes.txt", tiny())
 
 
+def test_two_trainings_of_one_folder_do_not_meet(dataset, tmp_path, monkeypatch):
+    run, seen = tmp_path / "run", []
+
+    def second(at):
+        if not seen:
+            monkeypatch.setattr("cluster.files.time.sleep", lambda seconds: None)
+            with pytest.raises(UserError, match=f"another job is at work in {run}\n.*wait until"):
+                train(dataset, run, tiny(), resume=True)
+            monkeypatch.undo()
+        seen.append(at)
+
+    train(dataset, run, tiny(epochs=1), progress=second)
+    assert seen
+    train(dataset, run, tiny(epochs=1), resume=True)  # nobody holds it any more
+
+
 def test_a_run_that_failed_before_its_first_checkpoint_can_change_its_mind(dataset, tmp_path):
     with pytest.raises(UserError, match="no label bulk_modulus"):
         train(dataset, tmp_path / "run", tiny(task="bulk_modulus"))

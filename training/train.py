@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.config import build_config
 from cluster.errors import UserError
-from cluster.files import sha256_of, write_text
+from cluster.files import exclusive, sha256_of, write_text
 from cluster.provenance import provenance
 from featurization.config import FeaturizationConfig
 from featurization.manifest import read_manifest
@@ -40,26 +40,29 @@ def train(
     member's checkpoint, model and history are in `member-K/`.
 
     Raises:
-        UserError: no dataset, no usable classes, `run` holds another training, or `config.init`
-            saw what is held out here.
+        UserError: no dataset, no usable classes, `run` holds another training, another job is at
+            work in it, or `config.init` saw what is held out here.
         Stopped: by SIGTERM or SIGUSR1, before the first step or between steps, which are saved.
     """
-    with stopping(run, progress) as told:
-        data, parts, identity = _begin(dataset, run, config, resume)
-        if config.workers > 1:
-            # While Ray starts, no signal may break in.
-            told(Progress(0, config.members * config.passes, 0, 1))
-            fit_on_workers(dataset, run, config, identity=identity, resume=resume, progress=told)
-        else:
-            with log_epochs(run) as log:
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file", remedy="give the path of a new folder")
+    with exclusive(run):
+        with stopping(run, progress) as told:
+            data, parts, identity = _begin(dataset, run, config, resume)
+            if config.workers > 1:
+                # While Ray starts, no signal may break in.
+                told(Progress(0, config.members * config.passes, 0, 1))
+                fit_on_workers(dataset, run, config, identity=identity, resume=resume, progress=told)
+            else:
+                with log_epochs(run) as log:
 
-                def both(at: Progress) -> None:
-                    log(at)
-                    told(at)
+                    def both(at: Progress) -> None:
+                        log(at)
+                        told(at)
 
-                fit_members(run, data, config, identity=identity, resume=resume, progress=both)
-    domain.write(run, data, parts.learned, parts.rows["validation"], identity)
-    return evaluate_run(run, dataset, data=data)
+                    fit_members(run, data, config, identity=identity, resume=resume, progress=both)
+        domain.write(run, data, parts.learned, parts.rows["validation"], identity)
+        return evaluate_run(run, dataset, data=data)
 
 
 def _begin(
@@ -67,8 +70,6 @@ def _begin(
 ) -> tuple[Clouds, Parts, dict[str, Any]]:
     """Write config.json, or compare what is there; clouds, split and identity of the training."""
     manifest = read_manifest(dataset)
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file", remedy="give the path of a new folder")
     begun = (run / "config.json").exists()
     if begun and not resume:
         raise UserError(

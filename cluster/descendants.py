@@ -1,0 +1,41 @@
+"""Processes that come of this one: none outlives it, whatever forks them and whoever is killed."""
+
+import ctypes
+import sys
+import time
+from collections.abc import Collection
+
+import psutil
+
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
+_PATIENCE = 30.0  # for those that wait for a disk, which no signal ends, s
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own is gone, in place of the machine's first process.
+
+    A batch system that follows parents to the processes of a job then finds them, too.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants() -> set[psutil.Process]:
+    """All that are there now."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def end_all(but: Collection[psutil.Process] = ()) -> None:
+    """Kill all descendants, until there are none or they do not end.
+
+    Args:
+        but: those that are left alone.
+    """
+    until = time.monotonic() + _PATIENCE
+    while (found := descendants().difference(but)) and time.monotonic() < until:
+        for process in found:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(found, timeout=1)
