@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ablation.claim import CLAIM
 from ablation.parts import folders
 from ablation.status import status
 from cluster.attempt import jobs_folder
 from cluster.config import build_config
 from cluster.errors import UserError
-from cluster.slurm import RECORD
+from cluster.slurm import RECORD, recorded
 from featurization import journal
 from featurization.manifest import read_manifest
 from training import ensemble
@@ -27,7 +28,7 @@ _PARTS = ("dataset", "train", "ablation")  # of a folder of `xtal submit all` or
 class Standing:
     """How far one result is; `changed` is when its files last said something, in s since 1970."""
 
-    kind: str  # dataset, training or grid
+    kind: str  # dataset, training or grid; result if it has no file yet
     folder: Path
     done: int
     total: int
@@ -41,14 +42,18 @@ class Standing:
 
 
 def look(run: Path) -> list[Standing]:
-    """The results in a folder: it is one itself, or has dataset/, train/, ablation/.
+    """The results in a folder: it is one itself, or has dataset/, train/, ablation/, seed-0/, ….
+
+    Those that jobs were submitted for are among them before they have a file.
 
     Raises:
         UserError: there is none, and no job was submitted that will make one.
     """
-    places = [run, *(run / name for name in _PARTS)]
+    seeds = _seeds(run)
+    places = [run, *(run / name for name in _PARTS), *seeds]
     found = [s for place in places for kind in (_dataset, _training, _grid) if (s := kind(place))]
-    if not found and not _awaited(run, found):
+    found += _awaited(run, places, seeds, found)
+    if not found:
         raise UserError(
             f"{run} holds no dataset, training or grid yet",
             remedy="give the folder that featurize, train, ablate or submit got; see xtal jobs",
@@ -75,16 +80,34 @@ def watch(run: Path, every: float, *, once: bool = False) -> Iterator[tuple[Stan
             if said.get(at.folder) != text:
                 yield at, text
             said[at.folder], before[at.folder] = text, at
-        if once or (all(at.finished for at in now) and not _awaited(run, now)):
+        if once or all(at.finished for at in now):
             return
         time.sleep(every)
 
 
-def _awaited(run: Path, found: list[Standing]) -> list[Path]:
-    """Results that jobs were submitted for and that have no file yet."""
-    there = {at.folder for at in found}
-    wanted = [place for place in (run, *(run / name for name in _PARTS)) if place not in there]
-    return [place for place in wanted if (jobs_folder(place) / RECORD).exists()]
+def _seeds(run: Path) -> dict[Path, bool]:
+    """Trainings of an array that have begun or were submitted: folder → whether it was."""
+    jobs = jobs_folder(run)
+    rows = [row for row in recorded(jobs) if row.get("verb") == "train"]
+    elements = [path for row in rows for path in jobs.glob(f"{row['job']}_*")]
+    numbers = {path.name.rpartition("_")[2] for path in elements}
+    begun = {path.name[5:] for path in run.glob("seed-*") if path.is_dir()}
+    both = sorted(filter(str.isdigit, begun | numbers), key=int)
+    return {run / f"seed-{number}": number in numbers for number in both}
+
+
+def _awaited(
+    run: Path, places: list[Path], seeds: dict[Path, bool], found: list[Standing]
+) -> list[Standing]:
+    """Results that jobs were submitted for, or that work has begun on, without a file yet."""
+    there = {at.folder for at in found} | ({run} if seeds else set())
+    signs = [(place, (jobs_folder(place) / RECORD, place / CLAIM)) for place in places]
+    said = f"waiting for its first file; xtal jobs {run} says whether its job runs"
+    return [
+        Standing("result", place, 0, 1, "results", said, _newest([*those]))
+        for place, those in signs
+        if place not in there and (seeds.get(place) or any(path.exists() for path in those))
+    ]
 
 
 def _dataset(folder: Path) -> Standing | None:

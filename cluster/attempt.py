@@ -16,8 +16,6 @@ PLACE is the part of RESULT that the element works in.
 """
 
 import argparse
-import hashlib
-import json
 import os
 import secrets
 import signal
@@ -27,70 +25,29 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
 from cluster.descendants import adopt_orphans, descendants, end_all
 from cluster.errors import DiskFailed, RunFailed, Stopped, UserError
-from cluster.files import append_line, disk_explained, temporary_folder, whole_lines
+from cluster.files import disk_explained, temporary_folder
+from cluster.marks import mark, note_attempt
 from cluster.ray_session import remove_orphans
-from cluster.slurm import look
+from cluster.slurm import kill_wait, look
 
-ATTEMPTS = "attempts.jsonl"
 WAIT = 600.0  # longest wait for a full disk or a file system out of reach, s
 _REQUEUE = Stopped.exit_code
 _DISK = DiskFailed.exit_code
 _BAD_INPUT = UserError.exit_code
 # What a killed step leaves on other nodes has gone by then; a new one met it and died of it.
 _SETTLE = 10.0  # s
-_TELLING = {"driver.json"}  # who is at work, not what was done
-# What work leaves behind; all else (logs, locks, plans) changes without progress.
-_WORK = {".h5", ".safetensors", ".parquet", ".jsonl", ".csv", ".json", ".html"}
 _ROOM = 1 << 22  # bytes that must fit before work goes on
+_FAREWELL = 2.0  # before SLURM kills what is left of a job, s
 
 
 def jobs_folder(result: Path) -> Path:
     """Beside a result: what its jobs leave, so that the result has its own files alone."""
     return result.absolute().with_name(f"{result.absolute().name}.jobs")
-
-
-def mark(result: Path) -> str:
-    """A digest of what work has left in `result`: equal if nothing was done in between."""
-    digest = hashlib.sha256()
-    for path in sorted(result.rglob("*")):
-        if path.name in _TELLING or "logs" in path.relative_to(result).parts:
-            continue
-        if path.suffix in _WORK:
-            with suppress(FileNotFoundError):
-                if not (about := path.stat()).st_size:
-                    continue
-                rewritten = about.st_mtime_ns if path.suffix == ".safetensors" else 0
-                digest.update(f"{path}\0{about.st_size}\0{rewritten}\n".encode("utf-8", "replace"))
-    return digest.hexdigest()[:16]
-
-
-def note_attempt(jobs: Path, job: str, found: str) -> None:
-    """Record that an attempt of `job` begins with a result whose mark is `found`.
-
-    Raises:
-        RunFailed: the two attempts before it made no progress.
-    """
-    path = jobs / ATTEMPTS
-    before = [json.loads(line) for line in whole_lines(path)] if path.exists() else []
-    same = [row["mark"] for row in before if row["job"] == job]
-    row = {
-        "job": job,
-        "mark": found,
-        "nodes": os.environ.get("SLURM_JOB_NODELIST", ""),
-        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    append_line(path, json.dumps(row))
-    if same[-2:] == [found, found]:
-        raise RunFailed(
-            f"job {job} made no progress in its last two attempts and is not run again",
-            remedy=f"read its log in {jobs}, mend the reason, and submit it again",
-        )
 
 
 def trouble(folder: Path, patience: float = 20.0) -> str | None:
@@ -139,9 +96,18 @@ class Attempt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if number == signal.SIGTERM and this_job():
+            threading.Thread(target=self._leave_in_time, daemon=True).start()
         if self._child is not None:
             # Not SIGTERM, at which srun kills all ranks before they have saved.
             self._child.send_signal(signal.SIGUSR1)
+
+    def _leave_in_time(self) -> None:
+        """End the command of a job that SLURM is about to kill: its private files are removed."""
+        with suppress(RunFailed, UserError):
+            time.sleep(max(0.0, kill_wait() - _FAREWELL))
+            if look(this_job()).state != "RUNNING" and self._child is not None:
+                self._child.kill()
 
     def run(self) -> int:
         """The command's exit code, 128 + signal if a signal ended it.

@@ -22,6 +22,7 @@ from cluster.submit_commands import submitting
 from cluster.terminal import AsJson, OptionsFile, out, show_json
 
 DASHBOARD = GRAFANA / "crystal-genome.json"
+_NOT_LAUNCHED = "JobLaunchFailure"
 Result = Annotated[Path, typer.Argument(metavar="RUN", help="What was submitted: OUT or RUN.")]
 
 
@@ -31,11 +32,18 @@ def jobs(result: Result, config: OptionsFile = None, as_json: AsJson = False) ->
     if as_json:
         show_json([_as_dict(row, job) for row, job in rows])
         return
-    table = Table("job", "verb", "state", "elapsed", "nodes", "restarts", "reason")
+    table = Table()
+    for name in ("job", "verb", "state", "elapsed", "nodes", "restarts", "reason"):
+        table.add_column(name, overflow="fold")
     for row, job in rows:
         cells = (job.state, job.elapsed, job.nodes, job.restarts, job.reason)
         table.add_row(row["job"], row["verb"], *cells)
     out.print(table)
+    for row, job in rows:
+        if job.reason == _NOT_LAUNCHED and not Path(row["log"]).exists():
+            what = f"job {job.id}: no log was written, a node could not begin the job"
+            place = Path(row["log"]).parent
+            out.print(f"{what}; do compute nodes see {place}?", soft_wrap=True, highlight=False)
     begun = [row for row, _ in rows if Path(row["log"]).exists()]
     if begun:
         log = Path(begun[-1]["log"])

@@ -45,7 +45,7 @@ def ask(words: Sequence[str]) -> str:
         RunFailed: the command fails.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_SECONDS)
+        done = _run(words)
     except FileNotFoundError:
         raise UserError(
             f"there is no {words[0]} here", remedy="run this on a login node of a SLURM cluster"
@@ -55,6 +55,19 @@ def ask(words: Sequence[str]) -> str:
     if done.returncode:
         raise RunFailed(f"{words[0]}: {done.stderr.strip()}", remedy="see what SLURM says")
     return done.stdout
+
+
+def _run(words: Sequence[str], **more: Any) -> subprocess.CompletedProcess[str]:
+    # srun would take in the rest of a loop's input.
+    return subprocess.run(
+        words,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_SECONDS,
+        **more,
+    )
 
 
 def look(id: str) -> Job:
@@ -77,44 +90,50 @@ def look(id: str) -> Job:
 
 
 def parse_sacct(text: str, id: str) -> Job:
-    """A job in what sacct says of it; of an array, the sum of its elements."""
+    """A job in what sacct says of it; of an array, `_telling`'s."""
     rows = [line.split("|") for line in text.splitlines()]
     rows = [row for row in rows if len(row) == len(_FIELDS)]
     rows = [row for row in rows if id in (row[0], row[0].partition("_")[0])]
     if not rows:
         return Job(id, "UNKNOWN")
-    _, _, elapsed, nodes, reason, exit_code = rows[0]
     # A state may have more words: CANCELLED by 1000.
-    state = _state_of([row[1].split()[0] for row in rows])
+    states = [row[1].split()[0] for row in rows]
+    at = _telling(states)
+    state, (_, _, elapsed, nodes, reason, exit_code) = states[at], rows[at]
     return Job(id, state, elapsed, nodes, "" if reason == "None" else reason, exit_code)
 
 
 def parse_show_job(text: str) -> Job:
-    """The first job of `scontrol show job --oneliner`; of an array, the sum of its elements."""
+    """The first job of `scontrol show job --oneliner`; of an array, `_telling`'s."""
     # A path in it may have line breaks.
     parts = re.split(r"^(?=JobId=\d)", text, flags=re.MULTILINE)[1:]
     rows = [_pairs(part.partition(" Command=")[0]) for part in parts]
     if not rows:
         raise RunFailed("scontrol says nothing", remedy="give the number of a job")
-    first = rows[0]
-    state = _state_of([row["JobState"] for row in rows])
-    reason = first.get("Reason", "")
+    row = rows[_telling([row["JobState"] for row in rows])]
+    reason = row.get("Reason", "")
+    begun = row.get("StartTime") != "Unknown"  # else its RunTime is since 1970
     return Job(
-        first.get("ArrayJobId", first["JobId"]),
-        state,
-        first.get("RunTime", ""),
-        first.get("NodeList", "").replace("(null)", ""),
+        row.get("ArrayJobId", row["JobId"]),
+        row["JobState"],
+        row.get("RunTime", "") if begun else "",
+        row.get("NodeList", "").replace("(null)", ""),
         "" if reason == "None" else reason,
-        first.get("ExitCode", ""),
-        first.get("Restarts", ""),
+        row.get("ExitCode", ""),
+        row.get("Restarts", ""),
     )
 
 
-def _state_of(states: Sequence[str]) -> str:
-    """Of several elements: one that is not over, else one that went wrong, else the first."""
-    alive = [each for each in states if not Job("", each).over]
-    bad = [each for each in states if each != "COMPLETED"]
-    return (alive or bad or states)[0]
+def _telling(states: Sequence[str]) -> int:
+    """Which of several elements tells most: the first that runs, is not over, or went wrong."""
+    return min(
+        range(len(states)),
+        key=lambda at: (
+            states[at] != "RUNNING",
+            Job("", states[at]).over,
+            states[at] == "COMPLETED",
+        ),
+    )
 
 
 def _pairs(line: str) -> dict[str, str]:
@@ -132,6 +151,16 @@ def first_node_lost(id: str) -> str:
     if row.get("JobState") != "RUNNING" or not first:
         return ""
     return "" if first in ask(["scontrol", "show", "hostnames", nodes]).split() else first
+
+
+def kill_wait() -> float:
+    """Seconds between the SIGTERM that ends a job and the SIGKILL.
+
+    Raises:
+        RunFailed: the controller does not answer.
+    """
+    found = re.search(r"^KillWait\s*=\s*(\d+)", ask(["scontrol", "show", "config"]), re.MULTILINE)
+    return float(found[1]) if found else 30.0
 
 
 def cancel(ids: Sequence[str]) -> None:
@@ -164,9 +193,7 @@ def start_of(words: Sequence[str], environment: dict[str, str]) -> str:
 
 def _sbatch(words: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, check=False, env=environment, timeout=_SECONDS
-        )
+        done = _run(words, env=environment)
     except FileNotFoundError:
         raise UserError(
             "there is no sbatch here", remedy="run this on a login node of a SLURM cluster"

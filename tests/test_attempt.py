@@ -15,9 +15,10 @@ from tiny import ROOT, process
 
 from ablation.parts import Part
 from cluster import attempt
-from cluster.attempt import Attempt, jobs_folder, mark, note_attempt, trouble
+from cluster.attempt import Attempt, jobs_folder, trouble
 from cluster.errors import RunFailed
 from cluster.files import append_line, whole_lines
+from cluster.marks import ATTEMPTS, mark, note_attempt
 from cluster.site import Site
 from cluster.submit import Plan
 
@@ -84,9 +85,9 @@ def test_two_attempts_without_progress_are_the_last(tmp_path: Path) -> None:
     note_attempt(tmp_path, "5", "b")
     with pytest.raises(RunFailed, match=r"job 5 made no progress in its last two attempts"):
         note_attempt(tmp_path, "5", "b")
-    with (tmp_path / attempt.ATTEMPTS).open("a") as stream:
+    with (tmp_path / ATTEMPTS).open("a") as stream:
         stream.write("torn")
-    assert len(list(whole_lines(tmp_path / attempt.ATTEMPTS))) == 6
+    assert len(list(whole_lines(tmp_path / ATTEMPTS))) == 6
 
 
 def test_an_attempt_without_progress_ends_before_its_command(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_an_attempt_without_progress_ends_before_its_command(tmp_path: Path) -> 
     jobs_folder(out).mkdir()
     for _ in range(2):
         row = {"job": "7", "mark": mark(out)}
-        append_line(jobs_folder(out) / attempt.ATTEMPTS, json.dumps(row))
+        append_line(jobs_folder(out) / ATTEMPTS, json.dumps(row))
     done = tried(out, "print('it ran')", SLURM_JOB_ID="7")
     assert done.returncode == 1
     assert "no progress" in done.stderr

@@ -82,12 +82,37 @@ def test_the_rate_and_silence(tmp_path: Path) -> None:
 def test_a_chain_is_watched_to_its_end(tmp_path: Path) -> None:
     for name in ("dataset", "train"):
         record(jobs_folder(tmp_path / "run" / name), {"job": "1"})
-    assert look(tmp_path / "run") == []  # nothing yet, but it will be
+    (first, _), (second, text) = watch(tmp_path / "run", 0.01, once=True)
+    assert [first.folder.name, second.folder.name] == ["dataset", "train"]
+    assert "/train: 0 of 1 results" in text
+    assert f"waiting for its first file; xtal jobs {tmp_path}/run says" in text
     training(tmp_path / "run" / "train", 3, 3, model=True)
     told = watch(tmp_path / "run", 0.01)
     assert "training" in next(told)[1]
+    assert "/dataset: 0 of 1 results; waiting" in next(told)[1]
     shutil.rmtree(jobs_folder(tmp_path / "run" / "dataset"))  # no longer expected
     assert list(told) == []
+
+
+def test_an_array_is_watched_to_its_end(tmp_path: Path) -> None:
+    record(jobs_folder(tmp_path / "runs"), {"job": "1", "verb": "train"})
+    (at,) = look(tmp_path / "runs")
+    assert (at.folder, at.finished) == (tmp_path / "runs", False)
+    for seed in (0, 1, 10):
+        training(tmp_path / "runs" / f"seed-{seed}", 3, 3, model=seed < 10)
+    element = jobs_folder(tmp_path / "runs") / "1_11"  # as submitit has it
+    element.mkdir()
+    names = [(at.folder.name, at.finished) for at in look(tmp_path / "runs")]
+    assert names == [("seed-0", True), ("seed-1", True), ("seed-10", False), ("seed-11", False)]
+    element.rmdir()
+    (tmp_path / "runs" / "seed-10" / "model.safetensors").touch()
+    assert len(list(watch(tmp_path / "runs", 0.01))) == 3
+
+
+def test_a_grid_whose_driver_has_but_begun(tmp_path: Path) -> None:
+    (tmp_path / "driver.json").write_text("{}")
+    (at,) = look(tmp_path)
+    assert (at.kind, at.finished) == ("result", False)
 
 
 def test_the_verb(

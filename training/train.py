@@ -52,7 +52,9 @@ def train(
             if config.workers > 1:
                 # While Ray starts, no signal may break in.
                 told(Progress(0, config.members * config.passes, 0, 1))
-                fit_on_workers(dataset, run, config, identity=identity, resume=resume, progress=told)
+                fit_on_workers(
+                    dataset, run, config, identity=identity, resume=resume, progress=told
+                )
             else:
                 with log_epochs(run) as log:
 
