@@ -28,7 +28,7 @@ _PARTS = ("dataset", "train", "ablation")  # of a folder of `xtal submit all` or
 class Standing:
     """How far one result is; `changed` is when its files last said something, in s since 1970."""
 
-    kind: str  # dataset, training or grid; result if it has no file yet
+    kind: str  # dataset, training or grid; awaited if it has no file yet
     folder: Path
     done: int
     total: int
@@ -102,9 +102,9 @@ def _awaited(
     """Results that jobs were submitted for, or that work has begun on, without a file yet."""
     there = {at.folder for at in found} | ({run} if seeds else set())
     signs = [(place, (jobs_folder(place) / RECORD, place / CLAIM)) for place in places]
-    said = f"waiting for its first file; xtal jobs {run} says whether its job runs"
+    said = f"no file yet; xtal jobs {run} says whether its job runs"
     return [
-        Standing("result", place, 0, 1, "results", said, _newest([*those]))
+        Standing("awaited", place, 0, 1, "results", said, _newest([*those]))
         for place, those in signs
         if place not in there and (seeds.get(place) or any(path.exists() for path in those))
     ]
@@ -157,6 +157,8 @@ def _grid(folder: Path) -> Standing | None:
 
 def line(at: Standing, before: Standing | None, seconds: float) -> str:
     """A line of text; the rate is what was done in the `seconds` since `before`."""
+    if at.kind == "awaited":
+        return f"waiting for {at.folder}: {at.said}"
     share = f"{at.done:,} of {at.total:,} {at.unit}"
     rate = ""
     if before is not None and before.unit == at.unit and at.done > before.done and seconds > 0:

@@ -188,7 +188,13 @@ def test_a_chain_in_a_container_one_of_whose_nodes_is_lost(
 def test_all_of_it_in_one_job(slurm: Machines, place: Path) -> None:
     out = place / "demo"
     words = ["--nodes=2", "--ntasks-per-node=2", f"--output={place}/log", TEMPLATES / "demo.sbatch"]
+    for template in TEMPLATES.glob("*.sbatch"):
+        assert "\n#SBATCH --signal=B:USR1@120\n#SBATCH --requeue\n" in template.read_text()
     job = slurm.sbatch(*words, out)
+    journal = out / "dataset" / "journal"
+    slurm.until(lambda: any(journal.glob("at-*")), "featurization has begun", 180)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    slurm.requeued(job)
     assert slurm.ended(job, 360) == "COMPLETED", (place / "log").read_text()
     results = pq.read_table(out / "ablation" / "results.parquet").to_pylist()
     assert [row["status"] for row in results] == ["done"] * 6
@@ -236,6 +242,9 @@ def test_the_dashboard_is_brought_to_this_machine(slurm: Machines, place: Path, 
     )
     assert refused.returncode == 1
     assert "use the line for your desk" in refused.stderr
+    loop = f"while read line; do echo $line; xtal dashboard {place}/a --login me@there; done"
+    asked = slurm.run("bash", "-c", f"printf 'first\nsecond\n' | ({loop})").stdout
+    assert "second" in asked.split()  # srun leaves the loop its input
     (place / "go").touch()
     assert slurm.ended(job) == "COMPLETED", (place / "a.log").read_text()
 

@@ -11,7 +11,7 @@ from machines import ROOT, Machines
 from test_featurize_jobs import content
 
 from cluster.files import whole_lines
-from cluster.slurm import seconds_of
+from cluster.slurm import record, seconds_of
 from training.checkpoint import read
 
 pytestmark = pytest.mark.slurm
@@ -244,6 +244,33 @@ def test_a_grid_is_killed_at_its_limit_and_then_loses_its_head(
     assert [row["status"] for row in rows_of(out)] == ["done"] * 6
 
 
+def test_a_grid_on_one_node_is_killed_for_its_memory_and_then_cancelled(
+    slurm: Machines, place: Path, small: Path
+) -> None:
+    """Ray's processes end with their driver, however that ends; so does the folder of the token."""
+    grid = grid_file(place / "grid.toml", small, arms=SIX, seeds=4, epochs=200, width=32)
+    out = place / "out"
+    submit = ["xtal", "submit", "ablate", grid, out, "--site", slurm.shared / "site.toml"]
+    job = json.loads(slurm.run(*submit, "--json").stdout)["job"]
+
+    def at_work(node: str) -> bool:
+        return any(line.startswith("ray::") for line in slurm.processes(node))
+
+    slurm.until(lambda: any(out.glob("fits/*")), "trials are at work", 180)
+    (node,) = slurm.nodes_of(job)
+    slurm.on(node, ["pkill", "-KILL", "-f", "bin/xtal ablate"])
+    slurm.until(lambda: not at_work(node), "Ray is gone", 5)
+    slurm.requeued(job)
+    assert slurm.left_in_tmp(node) == []
+    slurm.until(lambda: (out / "driver.json").exists() and any(map(at_work, slurm.nodes)),
+                "it is at work again", 120)  # fmt: skip
+    assert slurm.run("xtal", "cancel", out).stdout == f"cancelled: {job}\n"
+    slurm.until(lambda: slurm.job(job)["JobState"] == "CANCELLED", "it has ended", 30)
+    for each in slurm.nodes:
+        slurm.until(lambda n=each: slurm.processes(n) == [], f"no process is left on {each}", 10)
+        assert slurm.left_in_tmp(each) == []
+
+
 def test_an_element_of_an_array_saves_and_is_taken_up_again(
     slurm: Machines, place: Path, small: Path, trained: Path
 ) -> None:
@@ -351,6 +378,22 @@ def test_a_failed_link_ends_the_chain(slurm: Machines, place: Path) -> None:
     rows = json.loads(slurm.run("xtal", "jobs", place / "run", "--json").stdout)
     assert [row["verb"] for row in rows] == ["featurize", "train", "ablate"]
     assert [row["state"] for row in rows] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert "-" not in "".join(row["elapsed"] for row in rows)  # not days since 1970
+    told = slurm.run("xtal", "jobs", place / "run").stdout
+    assert "…" not in told  # at 80 columns
+    told = slurm.run("xtal", "watch", place / "run", "--once").stdout
+    assert f"waiting for {place}/run/train: no file yet" in told
+
+
+def test_a_job_that_no_node_could_begin_has_no_log(slurm: Machines, place: Path) -> None:
+    log = Path("/proc/no/log")  # as a folder that the login node alone has
+    job = slurm.sbatch(f"--output={log}", "--wrap=true")
+    record(place / "run.jobs", {"job": job, "verb": "train", "log": str(log)})
+    slurm.until(
+        lambda: slurm.job(job)["Reason"] not in ("None", "Resources", "Priority"), "it is told", 60
+    )
+    told = slurm.run("xtal", "jobs", place / "run").stdout
+    assert f"job {job}: no log was written" in told
 
 
 def test_array_of_trainings(slurm: Machines, place: Path, small: Path) -> None:
