@@ -426,7 +426,7 @@ def test_a_folder_in_use_is_refused(finished, dataset, tmp_path):
         train(dataset, tmp_path / "notes.txt", tiny())
 
 
-def test_two_trainings_of_one_folder_do_not_meet(dataset, tmp_path, monkeypatch):
+def test_a_lock_keeps_two_trainings_of_one_folder_apart(dataset, tmp_path, monkeypatch):
     run, seen = tmp_path / "run", []
 
     def second(at):
