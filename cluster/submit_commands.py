@@ -237,6 +237,11 @@ def _submit(context: typer.Context, verb: str, result: Path, words: Sequence[str
     if verb == "train":
         words += workers(words)
     check_words(context, verb, words)
+    if verb == "train" and asked.after is None and not (Path(words[0]) / "manifest.json").exists():
+        raise UserError(
+            f"{words[0]} is no finished dataset: it has no manifest.json",
+            remedy="give --after and the job that makes it, or the OUT of xtal featurize",
+        )
     plan = Plan(verb, result, tuple(words), site, asked.nodes, asked.time, asked.after)
     if not asked.allows(plan):
         raise typer.Exit(1)
