@@ -263,12 +263,13 @@ def read_grid(path: Path, **overrides: Any) -> GridConfig:
     given = {key: value for key, value in overrides.items() if value is not None}
     if "dataset" in values and "dataset" not in given:
         values["dataset"] = str((path.parent / str(values["dataset"])).resolve())
+    grid = build_config(GridConfig, {"dataset": "DATA"} | values | given, where=str(path))
     if "dataset" not in values | given:
         remedy = "give --dataset DATA"
         if path != shipped:
             remedy += ', or write dataset = "DATA" into the file'
         raise UserError(f"{path}: dataset: not given", remedy=remedy)
-    return build_config(GridConfig, values | given, where=str(path))
+    return grid
 
 
 def _is_name(name: str) -> bool:

@@ -20,7 +20,7 @@ import pytest
 import typer
 from small import TINY, tiny
 from test_ablation import finished_by_hand, grid_file
-from tiny import broken, contents, document, write_lines
+from tiny import ROOT, broken, contents, document, write_lines
 
 import xtal
 from ablation.grid import GridConfig
@@ -307,8 +307,11 @@ def test_a_failure_of_ours_is_exit_code_1(call, dataset, tmp_path, monkeypatch):
 
 
 def test_an_interruption_is_said(tmp_path):
-    command = [sys.executable, "-m", "xtal", "featurize", "prototypes:20000", tmp_path / "out"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # Where the tests run in the background, SIGINT is ignored, by their children too.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    words = ["featurize", "prototypes:20000", str(tmp_path / "out")]
+    command = [sys.executable, "-c", f"{heard}import xtal; xtal.main()", *words]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not list(tmp_path.glob("out/shards/*")):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

@@ -251,7 +251,7 @@ def test_each_question_is_evaluated_as_if_it_were_the_only_one(tmp_path):
     answer = json.loads((tmp_path / "both" / "metrics.json").read_text())
     alone = json.loads((tmp_path / "gap" / "metrics.json").read_text())
     gap = answer["also"]["band_gap"]
-    assert set(alone) - set(gap) == {"best_epoch", "provenance"}
+    assert set(alone) - set(gap) == {"attribution", "best_epoch", "provenance"}
     for name in ("calibration", "by_class", "by_crystal_system", "doubt", "confusion_matrix"):
         assert set(gap[name]) == set(alone[name]) if isinstance(gap[name], dict) else gap[name]
     table = pq.read_table(tmp_path / "both" / "predictions-band_gap.parquet").to_pydict()

@@ -48,7 +48,9 @@ def nothing_is_left(slurm: Machines) -> Iterator[None]:
     for node in slurm.nodes:
         slurm.until(lambda n=node: slurm.processes(n) == [], f"no process is left on {node}", 20)
         assert slurm.left_in_tmp(node) == []
-        assert slurm.on(node, ["ls", "-A", "/dev/shm"]).stdout == ""
+        # MPICH's own are of ranks that were killed while it began.
+        shared = slurm.on(node, ["ls", "-A", "/dev/shm"]).stdout.split()
+        assert [name for name in shared if not name.startswith("mpich_shm_")] == []
 
 
 @pytest.fixture(scope="session")
