@@ -134,7 +134,7 @@ def test_what_slurm_itself_would_refuse_is_never_begun(
         assert "SLURM refuses the job: Invalid license specification" in done.stderr
         assert not (place / "run.jobs" / "jobs.jsonl").exists()
     site.write_text('partition = "batch,low"')
-    done = slurm.run(*words, "--dry-run", check=False)
+    done = slurm.run(*words, "--task", "crystal_system", "--dry-run")
     assert "train: SLURM would start it at 2" in done.stdout
     assert "partition" not in done.stderr
 
@@ -149,6 +149,7 @@ def test_a_job_waits_for_a_node_that_is_out_and_others_for_the_job(
         done = slurm.run(*words, "--json")
         job = json.loads(done.stdout)["job"]
         assert "it pends until a node is back; down or drained: node3" in done.stderr
+        assert "which looks like one machine's disk" in done.stderr  # as this one is
         assert slurm.job(job)["JobState"] == "PENDING"
         done = slurm.run(*words, check=False)
         assert done.returncode == 1
