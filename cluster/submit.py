@@ -174,7 +174,7 @@ class Plan:
             for words in self.elements(count)
         ]
         try:
-            with _alone():
+            with _outside():
                 jobs = executor.map_array(run_element, chunks)
         except submitit.core.utils.FailedJobError as error:
             raise UserError(
@@ -257,8 +257,8 @@ def clean_environment() -> dict[str, str]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """In `clean_environment`, for who runs sbatch without saying in which."""
+def _outside() -> Iterator[None]:
+    """Have `clean_environment`, where submitit runs sbatch."""
     before = dict(os.environ)
     try:
         for name in before.keys() - clean_environment().keys():

@@ -60,12 +60,12 @@ class Asked:
 
     def allows(self, *plans: Plan) -> bool:
         """Print what the preflight of these jobs finds; False if one would fail."""
-        if held := living_job([plan.jobs for plan in plans], self.after):
-            _show([held])
-            return False
         # Not only the first: a chain must not end where nobody looks.
         sites = [plan.site for plan in plans]
         said = [self._allows(plan, plan.site in sites[:at]) for at, plan in enumerate(plans)]
+        if all(said) and (held := living_job([plan.jobs for plan in plans], self.after)):
+            _show([held])
+            return False
         return all(said)
 
     def _allows(self, plan: Plan, again: bool) -> bool:
