@@ -120,10 +120,12 @@ def sha256_of(path: Path) -> str:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append a line with its CRC-32 and fsync it."""
+    """Append a line with its CRC-32 and fsync it; one that a crash cut short is ended first."""
     line = text.encode()
-    with path.open("ab") as stream:
-        stream.write(b"%08x %s\n" % (zlib.crc32(line), line))
+    with path.open("a+b") as stream:
+        stream.seek(max(0, stream.tell() - 1))
+        ending = b"" if stream.read() in (b"", b"\n") else b"\n"
+        stream.write(ending + b"%08x %s\n" % (zlib.crc32(line), line))
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -2,20 +2,25 @@
 
 import fcntl
 import os
+import platform
+import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.attempt import trouble
 from cluster.errors import RunFailed, UserError
 from cluster.site import Site
-from cluster.slurm import Kind, node_kinds, partition_limits, seconds_of
+from cluster.slurm import Kind, ask, node_kinds, partition_limits, recorded, seconds_of
+from cluster.submit import clean_environment
 
 # Folders of these kinds are seen by one machine alone.
-_LOCAL = {"tmpfs", "ramfs", "devtmpfs", "overlay"}
+_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
+_LOCAL = {"overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs"}  # unless others mount them
+_COUNTED = {"nodes", "constraint", "cores", "memory", "gpus"}
 _PROBE_SECONDS = 120
 
 
@@ -28,6 +33,11 @@ class Finding:
     remedy: str = ""
     fatal: bool = False  # the job would fail for certain
 
+    @property
+    def lack(self) -> bool:
+        """Too few nodes are like that, in whatever state."""
+        return bool(self.remedy) and self.what in _COUNTED
+
 
 def preflight(site: Site, verb: str, jobs: Path, nodes: int, time: str) -> Iterator[Finding]:
     """Check the folder, the file system, the limits of the partition and the Python of the jobs."""
@@ -36,11 +46,34 @@ def preflight(site: Site, verb: str, jobs: Path, nodes: int, time: str) -> Itera
         return
     yield _file_system(jobs)
     yield _locks(jobs)
-    yield from _limits(site, verb, nodes, time)
+    # Of several partitions SLURM takes one: it is enough that one of them suits.
+    names = (site.partition or "").split(",")
+    each = [list(_limits(site, name or None, verb, nodes, time)) for name in names]
+    yield from next((found for found in each if not any(one.remedy for one in found)), each[0])
     if site.metrics and nodes == 1 and verb != "featurize":
         said = "a job of one node has Ray for itself, without dashboard and numbers for Prometheus"
         yield Finding("metrics", said, "give --nodes 2, or follow it by xtal watch")
     yield _python()
+
+
+def living_job(folders: Sequence[Path], after: str | None) -> Finding | None:
+    """A job of these folders of jobs that would be at work beside a new one.
+
+    Args:
+        after: the job that the new one waits for; older ones of the folders end before it, too.
+    """
+    rows = [(row["job"], each) for each in folders for row in recorded(each)]
+    if not rows:
+        return None
+    states = "--states=PENDING,RUNNING,SUSPENDED"
+    alive = set(ask(["squeue", "--noheader", states, "--format=%F"]).split())  # of arrays: once
+    job, folder = max(rows, key=lambda row: (row[0] in alive, int(row[0])))
+    if job not in alive or (after is not None and after.partition("_")[0] == job):
+        return None
+    result = folder.with_name(folder.name.removesuffix(".jobs"))
+    remedy = f"wait until it has ended, end it by xtal cancel {shlex.quote(str(result))}, "
+    said = f"job {job} of {result} waits or runs"
+    return Finding("jobs", said, f"{remedy}or give --after {job}", True)
 
 
 def probe_node(site: Site, jobs: Path, setup: dict[str, str]) -> Finding:
@@ -62,7 +95,8 @@ def probe_node(site: Site, jobs: Path, setup: dict[str, str]) -> Finding:
     try:
         done = subprocess.Popen(
             [*words, "bash", "-c", script, str(jobs)],
-            env=os.environ | site.environment() | setup,
+            env=clean_environment() | site.environment() | setup,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -104,9 +138,26 @@ def _file_system(jobs: Path) -> Finding:
         place = place.encode().decode("unicode_escape")
         if (target + "/").startswith(place.rstrip("/") + "/") and len(place) > longest:
             kind, longest = found, len(place)
-    local = kind in _LOCAL or jobs.resolve().is_relative_to(tempfile.gettempdir())
-    remedy = "compute nodes do not see it: give a folder on the shared file system" if local else ""
-    return Finding("file system", f"{jobs} is on {kind or 'an unknown one'}", remedy)
+    said = f"{jobs} is on {kind or 'an unknown one'}"
+    remedy = "give a folder on the shared file system"
+    if kind in _MEMORY and _other_hosts():
+        return Finding("file system", f"{said}, which compute nodes do not see", remedy, True)
+    if kind in _MEMORY or jobs.resolve().is_relative_to(tempfile.gettempdir()):
+        return Finding("file system", said, f"compute nodes do not see it: {remedy}")
+    if kind in _LOCAL and _other_hosts():
+        remedy = f"--probe tells whether compute nodes see it; if not, {remedy}"
+        return Finding("file system", f"{said}, which looks like one machine's disk", remedy)
+    return Finding("file system", said)
+
+
+def _other_hosts() -> bool:
+    """Whether there are nodes besides this machine."""
+    try:
+        nodes = ask(["sinfo", "--noheader", "--Node", "--format=%n"]).split()
+    except (RunFailed, UserError):
+        return False  # which another check says
+    here = platform.node().partition(".")[0]
+    return any(node.partition(".")[0] != here for node in nodes)
 
 
 def _locks(jobs: Path) -> Finding:
@@ -115,7 +166,7 @@ def _locks(jobs: Path) -> Finding:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return Finding("locks", "the file system has them")
     except BlockingIOError:
-        return Finding("locks", "the file system has them, another job holds this one")
+        return Finding("locks", "the file system has them")
     except OSError as error:
         remedy = "two jobs in one folder are not kept apart: submit one at a time"
         return Finding("locks", f"none: {error.strerror}", remedy)
@@ -123,25 +174,25 @@ def _locks(jobs: Path) -> Finding:
         os.close(descriptor)
 
 
-def _limits(site: Site, verb: str, nodes: int, time: str) -> Iterator[Finding]:
-    name = site.partition or "the default partition"
+def _limits(
+    site: Site, partition: str | None, verb: str, nodes: int, time: str
+) -> Iterator[Finding]:
+    name = partition or "the default partition"
+    # Another than the default may be chosen by the site, from the constraint or the qos.
+    chosen = partition is not None
     try:
-        found = partition_limits(site.partition)
+        found = partition_limits(partition)
         kinds = node_kinds(found.get("PartitionName"))
     except (RunFailed, UserError) as error:
         yield Finding("SLURM", error.problem, error.remedy, True)
         return
     if not found:
-        # SLURM may choose one itself, and takes several with commas.
-        known = site.partition is None or "," in site.partition
-        yield Finding("partition", f"there is no {name}", "see sinfo -s", not known)
+        yield Finding("partition", f"there is no {name}", "see sinfo -s", chosen)
         return
     if seconds_of(time) <= site.warning_seconds:
         said = f"--time {time} is over before warning_seconds = {site.warning_seconds}"
         yield Finding("time", said, "ask for more, or lower it in the site file", True)
     most = found.get("MaxTime", "UNLIMITED")
-    # Another than the default may be chosen by the site, from the constraint or the qos.
-    chosen = site.partition is not None
     if seconds_of(time) > seconds_of(most):
         said = f"--time {time} is over the {most} of {name}"
         yield Finding("time", said, "ask for less", chosen)

@@ -3,7 +3,7 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -14,6 +14,26 @@ from cluster.slurm import gpus_of
 
 VERBS = ("featurize", "train", "ablate")
 _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
+# What xtal submit says to sbatch by itself, and where to say it.
+_OWN = {
+    "nodes": "--nodes to xtal submit",
+    "time": "--time to xtal submit",
+    "array": "--array to xtal submit",
+    "dependency": "--after to xtal submit",
+    **{name: name for name in ("account", "partition", "qos", "constraint", "reservation")},
+    "ntasks-per-node": "cores_per_node",
+    "cpus-per-task": "cores_per_node",
+    "gpus-per-node": "gpus_per_node",
+    "mem": "memory_per_node",
+    "signal": "warning_seconds",
+    "output": "",
+    "export": "",
+    "parsable": "",
+    "test-only": "",
+    "wrap": "",
+    "no-requeue": "",
+    "kill-on-invalid-dep": "",
+}
 
 
 class Site(Config):
@@ -22,7 +42,7 @@ class Site(Config):
     account: str | None = None
     """Who pays."""
     partition: str | None = None
-    """Queue; None takes the site's own."""
+    """Queue, or several with commas; None takes the site's own."""
     qos: str | None = None
     """Quality of service."""
     constraint: str | None = None
@@ -37,8 +57,8 @@ class Site(Config):
     """GPUs in the older spelling, such as gpu:a100:4, instead of --gpus-per-node."""
     memory_per_node: str | None = Field(default=None, pattern=r"^\d+[KMGT]?$")
     """Memory a node, such as 240G; 0 is all of it."""
-    mpi: Literal["pmi2", "pmix", "cray_shasta", "none"] = "pmi2"
-    """srun --mpi: what mpi4py's MPI speaks; the MPI of pip install mpich speaks pmi2."""
+    mpi: str = Field(default="pmi2", pattern=r"^[a-z0-9_]+$")
+    """srun --mpi, such as pmix: what mpi4py's MPI speaks; that of pip install mpich speaks pmi2."""
     setup: tuple[str, ...] = ()
     """Shell lines before the work: module load, source …/bin/activate."""
     container: tuple[str, ...] = ()
@@ -64,12 +84,23 @@ class Site(Config):
                 raise ValueError(f"{each!r}: line breaks and other control characters do not work")
         return value
 
+    @field_validator("account", "partition", "qos", "constraint", "reservation")
+    @classmethod
+    def _given(cls, value: str | None) -> str | None:
+        return value or None
+
     @field_validator("options")
     @classmethod
     def _options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
         for option in options:
-            if not option.startswith("--"):
+            name = option.partition("=")[0]
+            if not name.startswith("--"):
                 raise ValueError(f"{option!r}: write the long form, --name=value, as one word")
+            # SLURM reads the beginning of a name, too.
+            if own := next((own for own in _OWN if f"--{own}".startswith(name)), None):
+                said = f"xtal submit gives --{own} itself: leave it out"
+                instead = f", and give {_OWN[own]}" if _OWN[own] else ""
+                raise ValueError(f"{option!r}: {said}{instead}")
         return options
 
     @field_validator("container")

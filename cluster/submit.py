@@ -11,8 +11,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -162,9 +162,10 @@ class Plan:
             srun_args=[f"--cpus-per-task={cores}"],
             stderr_to_stdout=True,
             signal_delay_s=self.site.warning_seconds,
-            setup=["unset ${!XTAL_*}"]  # as in `clean_environment`
-            + [f"export {k}={shlex.quote(v)}" for k, v in self.site.environment().items()]
-            + list(self.site.setup),
+            setup=[
+                *(f"export {k}={shlex.quote(v)}" for k, v in self.site.environment().items()),
+                *self.site.setup,
+            ],
             additional_parameters=options,
         )
         run = ["xtal"] if not self.site.container else [more["XTAL_CONTAINER"], "xtal"]
@@ -173,7 +174,8 @@ class Plan:
             for words in self.elements(count)
         ]
         try:
-            jobs = executor.map_array(run_element, chunks)
+            with _outside():
+                jobs = executor.map_array(run_element, chunks)
         except submitit.core.utils.FailedJobError as error:
             raise UserError(
                 f"SLURM refuses the job: {error}", remedy="change the site file or the call"
@@ -250,14 +252,27 @@ def clean_environment() -> dict[str, str]:
 
     What is the site file's to say does not come from here either: what is shown is all there is.
     """
-    told = re.compile(r"SLURM_(?!CONF$|CLUSTERS$)|XTAL_")
+    told = re.compile(r"SLURM_(?!CONF$|CLUSTERS$)|SBATCH_|XTAL_")
     return {name: value for name, value in os.environ.items() if not told.match(name)}
 
 
+@contextmanager
+def _outside() -> Iterator[None]:
+    """Have `clean_environment`, where submitit runs sbatch."""
+    before = dict(os.environ)
+    try:
+        for name in before.keys() - clean_environment().keys():
+            del os.environ[name]
+        yield
+    finally:
+        os.environ.update(before)
+
+
 def _literally(path: Path) -> str:
-    # To SLURM, %j is a job's number and %% a percent sign, unless there is a backslash in the name.
+    # To SLURM, %j is a job's number and %% a percent sign; a backslash in the name ends that, and
+    # is itself two.
     text = str(path)
-    return text if "\\" in text else text.replace("%", "%%")
+    return text.replace("\\", "\\\\") if "\\" in text else text.replace("%", "%%")
 
 
 def _split(word: str) -> tuple[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from cluster.errors import RunFailed, UserError
-from cluster.preflight import Finding, preflight, probe_node
+from cluster.preflight import Finding, living_job, preflight, probe_node
 from cluster.site import Site, check_time, read_site, write_setup
-from cluster.slurm import seconds_of
+from cluster.slurm import Job, ask, look, seconds_of
 from cluster.submit import Plan
 from cluster.terminal import complain, duration, err, out, summary
 
@@ -26,6 +27,7 @@ DryRun = Annotated[
 Probe = Annotated[
     bool, typer.Option("--probe", help="Try the site's Python and MPI on a compute node first.")
 ]
+_UNAVAILABLE = "Requested node configuration is not available"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,42 +48,83 @@ class Asked:
         """The options of a call.
 
         Raises:
-            UserError: a wrong site file, time or job.
+            UserError: a wrong site file or time, or a job that cannot succeed any more.
         """
         given: dict[str, Any] = {f.name: context.params.get(f.name) for f in fields(cls)}
         given["sites"] = read_site(Path(context.params["site"]))  # typer 0.26 gives its text
         asked = cls(**given)
         check_time(asked.time)
-        if asked.after is not None and not asked.after.replace("_", "").isdigit():
-            raise UserError(f"--after {asked.after}", remedy="give the number of a job")
+        if asked.after is not None:
+            _check_after(asked.after)
         return asked
 
-    def allows(self, plan: Plan, *, again: bool = False) -> bool:
-        """Print what the preflight finds; False if the job would fail.
+    def allows(self, *plans: Plan) -> bool:
+        """Print what the preflight of these jobs finds; False if one would fail."""
+        # Not only the first: a chain must not end where nobody looks.
+        sites = [plan.site for plan in plans]
+        said = [self._allows(plan, plan.site in sites[:at]) for at, plan in enumerate(plans)]
+        if all(said) and (held := living_job([plan.jobs for plan in plans], self.after)):
+            _show([held])
+            return False
+        return all(said)
 
-        Args:
-            again: the same nodes have been asked already.
-        """
+    def _allows(self, plan: Plan, again: bool) -> bool:
+        """As `allows`, of one; `again`: the same nodes have been asked already."""
         found = list(preflight(plan.site, plan.verb, plan.jobs, plan.nodes, plan.time))
         if self.probe and not again and not any(each.fatal for each in found):
             found.append(probe_node(plan.site, plan.jobs, write_setup(plan.site, plan.jobs)))
         if not any(each.fatal for each in found):
-            found.append(_asked_slurm(plan, self.array))
-            if self.dry_run and not self.as_json:
+            found.append(_asked_slurm(plan, self.array, any(each.lack for each in found)))
+            if self.dry_run and not self.as_json and not found[-1].remedy:
                 out.print(found[-1].said, soft_wrap=True, highlight=False)
-        for each in found:
-            if each.remedy:
-                complain("error" if each.fatal else "warning", f"{each.what}: {each.said}")
-                err.print(f"  remedy: {each.remedy}", soft_wrap=True)
+        _show(found)
         return not any(each.fatal for each in found)
 
 
-def _asked_slurm(plan: Plan, array: int | None) -> Finding:
+def _show(found: Sequence[Finding]) -> None:
+    for each in found:
+        if each.remedy:
+            complain("error" if each.fatal else "warning", f"{each.what}: {each.said}")
+            err.print(f"  remedy: {each.remedy}", soft_wrap=True)
+
+
+def _check_after(job: str) -> None:
+    """
+    Raises:
+        UserError: it is no job, or has not succeeded and never will.
+    """
+    if not job.replace("_", "").isdigit():
+        raise UserError(f"--after {job}", remedy="give the number of a job")
+    state = look(job).state
+    if state == "UNKNOWN":
+        said = f"--after {job}: SLURM does not know job {job}, or has forgotten how it ended"
+        remedy = "if its work is done, as xtal jobs RUN and its log say, leave out --after"
+        raise UserError(said, remedy=remedy)
+    if Job(job, state).over and state != "COMPLETED":
+        said = f"--after {job}: job {job} has ended as {state}, and what waits for it never starts"
+        raise UserError(said, remedy="submit its work again, and give the number of that job")
+
+
+def _asked_slurm(plan: Plan, array: int | None, lacking: bool) -> Finding:
+    """
+    Args:
+        lacking: too few nodes are as the site file says, in whatever state.
+    """
     try:
         start = plan.start(array)
     except UserError as error:
-        return Finding("sbatch", error.problem, error.remedy, True)
+        # SLURM says so of nodes that are out, too, for which it lets a real submission wait.
+        if lacking or _UNAVAILABLE not in error.problem or not (out_now := _nodes_out(plan.site)):
+            return Finding("sbatch", error.problem, error.remedy, True)
+        said = f"{plan.verb}: it pends until a node is back; down or drained: {out_now}"
+        return Finding("sbatch", said, "see sinfo -R, or ask for fewer nodes")
     return Finding("sbatch", f"{plan.verb}: SLURM would start it at {start or 'an unknown time'}")
+
+
+def _nodes_out(site: Site) -> str:
+    words = ["sinfo", "--noheader", "--list-reasons", "--format=%N"]
+    words += [f"--partition={site.partition}"] if site.partition is not None else []
+    return ",".join(ask(words).split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +146,9 @@ class Estimate:
             RunFailed: it refuses.
         """
         command = [sys.executable, "-m", "xtal", plan.verb, *plan.words, "--dry-run", "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             said = f"xtal {plan.verb} --dry-run: {done.stderr.strip()}"
             raise RunFailed(said, remedy="mend this first")

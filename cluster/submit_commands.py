@@ -152,10 +152,7 @@ def submit_all(
         Plan(verb, part, tuple(words), asked.sites[verb], nodes, time)
         for part, (verb, words) in zip(parts, calls.items(), strict=True)
     ]
-    # Not only the first: a chain must not end where nobody looks.
-    sites = [each.site for each in plans]
-    found = [asked.allows(each, again=each.site in sites[:at]) for at, each in enumerate(plans)]
-    if not all(found):
+    if not asked.allows(*plans):
         raise typer.Exit(1)
     if dry_run:
         with _readable(grid, text) as draft:
@@ -240,6 +237,11 @@ def _submit(context: typer.Context, verb: str, result: Path, words: Sequence[str
     if verb == "train":
         words += workers(words)
     check_words(context, verb, words)
+    if verb == "train" and asked.after is None and not (Path(words[0]) / "manifest.json").exists():
+        raise UserError(
+            f"{words[0]} is no finished dataset: it has no manifest.json",
+            remedy="give --after and the job that makes it, or the OUT of xtal featurize",
+        )
     plan = Plan(verb, result, tuple(words), site, asked.nodes, asked.time, asked.after)
     if not asked.allows(plan):
         raise typer.Exit(1)

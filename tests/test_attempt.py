@@ -88,6 +88,9 @@ def test_two_attempts_without_progress_are_the_last(tmp_path: Path) -> None:
     with (tmp_path / ATTEMPTS).open("a") as stream:
         stream.write("torn")
     assert len(list(whole_lines(tmp_path / ATTEMPTS))) == 6
+    note_attempt(tmp_path, "6", "b")
+    *_, last = whole_lines(tmp_path / ATTEMPTS)
+    assert json.loads(last)["job"] == "6"
 
 
 def test_an_attempt_without_progress_ends_before_its_command(tmp_path: Path) -> None:

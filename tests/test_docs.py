@@ -79,6 +79,11 @@ def test_few_blocks_are_not_run_and_each_says_why() -> None:
     assert re.search(command, "see\nSTAMP=1 python -m build\n", re.M)
 
 
+def test_no_page_holds_a_merge_that_was_left() -> None:
+    for page in (ROOT / "README.md", *DOCS.glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")):
+        assert not re.search(r"^(<{7}|>{7}|={7}$)", page.read_text(encoding="utf-8"), re.M), page
+
+
 def calls(text: str) -> list[list[str]]:
     """The words of each call of `xtal` in a block, or after a `&&`."""
     lines = text.replace("\\\n", " ").replace("&&", "\n").splitlines()

@@ -42,6 +42,10 @@ def test_a_table_changes_one_verb(tmp_path: Path) -> None:
     assert "--ntasks-per-node=8" in sites["featurize"].sbatch_options("featurize")
     assert "--cpus-per-task=8" in sites["ablate"].sbatch_options("ablate")
     assert "--partition=cpu" in sites["ablate"].sbatch_options("ablate")
+    path.write_text('partition = ""\nmpi = "pmix_v4"\noptions = ["--exclude=x", "--time-min=3"]\n')
+    site = read_site(path)["ablate"]
+    assert not [word for word in site.sbatch_options("ablate") if "--partition" in word]
+    assert site.environment() == {"XTAL_MPI": "pmix_v4"}
     path.write_text('interface = "hsn0"\n[ablate]\nmetrics = true\n')
     sites = read_site(path)
     own = {"XTAL_MPI": "pmi2", "XTAL_RAY_INTERFACE": "hsn0"}
@@ -56,9 +60,15 @@ def test_a_table_changes_one_verb(tmp_path: Path) -> None:
         ("[train]\ncores = 3", r"\[train\]: cores: unknown key"),
         ("train = 3", "write a table"),
         ("cores_per_node = 0", "cores_per_node = 0: must be ≥ 1"),
-        ('mpi = "magic"', "mpi = 'magic'"),
+        ('mpi = "pmix v3"', "mpi = 'pmix v3'"),
         ('options = ["exclusive"]', "write the long form"),
         ('options = ["-Cnvme"]', "write the long form"),
+        ('options = ["--nodes=3"]', "gives --nodes itself: leave it out, and give --nodes to xtal"),
+        ('options = ["--array=0-1"]', "gives --array itself"),
+        ('options = ["--time=3"]', "gives --time itself"),
+        ('options = ["--no-requeue"]', "gives --no-requeue itself: leave it out"),
+        ('options = ["--expo=NONE"]', "'--expo=NONE': xtal submit gives --export itself"),
+        ('options = ["--mem=3G"]', "gives --mem itself: leave it out, and give memory_per_node"),
         ('setup = ["a\\nb"]', r"'a\\nb': line breaks"),
         ('account = "a\\n#SBATCH --x"', "line breaks and other control characters"),
         ('memory_per_node = "many"', "memory_per_node"),
@@ -154,6 +164,8 @@ def test_words_for_sbatch_are_data(tmp_path: Path) -> None:
     assert "--kill-on-invalid-dep=yes" in words
     assert any(f"--output={tmp_path}/50%% of\nit.jobs/featurize-" in word for word in words)
     assert Path(words[-3]) == ROOT / "slurm" / "featurize.sbatch"
+    (log,) = (word for word in replace(plan, result=out / "\\").sbatch() if "--output" in word)
+    assert log.startswith(f"--output={out}/\\\\.jobs/featurize-")
 
 
 def test_what_scontrol_says() -> None:
@@ -240,6 +252,7 @@ def test_without_slurm_the_remedy_is_said(
         ("ablate wrong.toml RUN", "retries = 'many'"),
         ("ablate quik RUN --dataset data", "quik: no such file"),
         ("ablate quick RUN", "quick.toml: dataset: not given"),
+        ("train data RUN --task bulk_modulus", "data is no finished dataset"),
         ("train data RUN --array 2 --seed=5", "an array of N has the seeds 0 to N − 1"),
     ],
 )
@@ -269,11 +282,12 @@ def test_a_grid_that_was_edited_is_not_written_over(
 
 
 def test_what_another_job_was_told_does_not_reach_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "XTAL_SETUP", "XTAL_RAY_JOB", "SLURM_CONF"):
+    told = ("SLURM_JOB_ID", "XTAL_SETUP", "XTAL_RAY_JOB", "SBATCH_NO_REQUEUE")
+    for name in (*told, "SLURM_CONF"):
         monkeypatch.setenv(name, "/somewhere")
     found = clean_environment()
     assert found["SLURM_CONF"] == "/somewhere"
-    assert not [name for name in found if name.startswith(("XTAL_", "SLURM_JOB"))]
+    assert not set(told) & set(found)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from tiny import document, run, write_lines
 
 pytestmark = pytest.mark.slurm
 
-# Space, quotes, newline, a command, SLURM's own pattern, and what a URL would read.
-HOSTILE = "a b'c\"d\n$(touch owned);%j#?&"
+# Space, quotes, newline, a command, a backslash, SLURM's own pattern, and what a URL would read.
+HOSTILE = "a b'c\"d\n$(touch owned);\\e\\\\%j#?&"
 
 
 def content(folder: Path) -> tuple[int, str]:
@@ -49,8 +49,11 @@ def test_a_probe_finds_an_mpi_that_does_not_meet(slurm: Machines, place: Path) -
         site = place / f"{mpi}.toml"
         site.write_text(f'cores_per_node = 2\nmpi = "{mpi}"\n')
         words = ["xtal", "submit", "featurize", "prototypes:14", place / "data", "--site", site]
-        done = slurm.run(*words, "--dry-run", "--probe", check=False)
-        assert done.returncode == code, done.stderr
+        # As within another job, and in a loop that reads lines.
+        script = 'export SLURM_JOB_ID=99999; "$@"; echo "$?"; cat'
+        words = ["sh", "-c", script, "-", *words, "--dry-run", "--probe"]
+        done = slurm.run(*words, input="next line")
+        assert done.stdout.endswith(f"{code}\nnext line"), done.stderr
     assert "the launcher started 2 processes, the MPI library sees 1" in done.stderr
     assert "srun --mpi=list" in done.stderr
 
@@ -119,18 +122,57 @@ def test_what_no_node_has_is_refused_before_the_queue(
     assert said.replace("of batch", "of the default partition") in done.stderr
 
 
-def test_what_slurm_itself_would_refuse_is_never_begun(slurm: Machines, place: Path) -> None:
+def test_what_slurm_itself_would_refuse_is_never_begun(
+    slurm: Machines, place: Path, small: Path
+) -> None:
     site = place / "site.toml"
     site.write_text('[train]\noptions = ["--licenses=nobody-has-it:1"]\n')
-    for words in (["all", "prototypes:14"], ["train", place, "--array", "2"]):
+    for words in (["all", "prototypes:14"], ["train", small, "--array", "2"]):
         words = ["xtal", "submit", *words[:2], place / "run", "--site", site, *words[2:]]
         done = slurm.run(*words, check=False)
         assert done.returncode == 1
         assert "SLURM refuses the job: Invalid license specification" in done.stderr
         assert not (place / "run.jobs" / "jobs.jsonl").exists()
-    site.write_text("")
-    done = slurm.run(*words, "--dry-run", check=False)
+    site.write_text('partition = "batch,low"')
+    done = slurm.run(*words, "--task", "crystal_system", "--dry-run")
     assert "train: SLURM would start it at 2" in done.stdout
+    assert "partition" not in done.stderr
+
+
+def test_a_job_waits_for_a_node_that_is_out_and_others_for_the_job(
+    slurm: Machines, place: Path
+) -> None:
+    words = ["xtal", "submit", "featurize", "prototypes:14", place / "data", "--nodes", "3"]
+    words += ["--site", slurm.shared / "site.toml", "--selection", "miller:2"]
+    slurm.run("scontrol", "update", "nodename=node3", "state=drain", "reason=test")
+    try:
+        done = slurm.run(*words, "--json")
+        job = json.loads(done.stdout)["job"]
+        assert "it pends until a node is back; down or drained: node3" in done.stderr
+        assert "which looks like one machine's disk" in done.stderr  # as this one is
+        assert slurm.job(job)["JobState"] == "PENDING"
+        done = slurm.run(*words, check=False)
+        assert done.returncode == 1
+        assert f"job {job} of {place / 'data'} waits or runs" in done.stderr
+        assert f"give --after {job}" in done.stderr
+        second = json.loads(slurm.run(*words, "--json", "--after", job).stdout)["job"]
+        assert slurm.job(second)["Dependency"].startswith(f"afterok:{job}")
+        assert slurm.run(*words, "--after", job, check=False).returncode == 1
+        slurm.run("xtal", "cancel", place / "data")
+        assert slurm.ended(job) == "CANCELLED"
+    finally:
+        slurm.run("scontrol", "update", "nodename=node3", "state=resume")
+    for after, said in ((job, f"job {job} has ended as CANCELLED"), ("99999", "does not know")):
+        done = slurm.run(*words, "--after", after, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
+def test_a_folder_that_compute_nodes_cannot_see(slurm: Machines, place: Path) -> None:
+    words = ["xtal", "submit", "featurize", "prototypes:14", "/tmp/data", "--dry-run"]
+    done = slurm.run(*words, "--site", slurm.shared / "site.toml", check=False)
+    assert done.returncode == 1
+    assert "/tmp/data.jobs is on tmpfs, which compute nodes do not see" in done.stderr
 
 
 def test_submit_records_shows_and_cancels(slurm: Machines, place: Path) -> None:
@@ -153,9 +195,12 @@ def test_submit_records_shows_and_cancels(slurm: Machines, place: Path) -> None:
     assert not out.exists()
     expected = json.loads(slurm.run(*words, "--dry-run", "--json").stdout)
     assert (expected["job"], expected["expected"]["expected"]["records"]) == (None, 64)
-    done = slurm.run(*words, "--json")
+    # What would make it an array, and of a surrounding job.
+    told = ["SBATCH_ARRAY_INX=0-1", "SBATCH_NO_REQUEUE=1", "SLURM_MEM_PER_CPU=100"]
+    done = slurm.run("env", *told, *words, "--json")
     job = json.loads(done.stdout)["job"]
     assert slurm.ended(job) == "COMPLETED", done.stdout
+    assert (slurm.job(job)["JobId"], slurm.job(job)["Requeue"]) == (job, "1")
     run(source, place / "alone")
     assert content(out) == content(place / "alone")
     (row,) = json.loads(slurm.run("xtal", "jobs", out, "--json").stdout)

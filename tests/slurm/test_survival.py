@@ -279,7 +279,9 @@ def test_an_element_of_an_array_saves_and_is_taken_up_again(
     submit = ["xtal", "submit", "train", small, runs, "--array", "2"]
     submit += ["--site", slurm.shared / "site.toml", *TRAINING]
     shown = slurm.run(*submit, "--dry-run").stdout.partition("\nby submitit")[0]
-    job = json.loads(slurm.run(*submit, "--json").stdout)["job"]
+    # As within another job.
+    outside = ["env", "SLURM_JOB_ID=99999", "SLURM_MEM_PER_CPU=100", "SBATCH_NO_REQUEUE=1"]
+    job = json.loads(slurm.run(*outside, *submit, "--json").stdout)["job"]
     (script,) = place.glob("*.jobs/*/*_submission.sh")
     told = set(script.read_text().splitlines())
     asked = shlex.split(shown.partition("sbatch ")[2])

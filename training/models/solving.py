@@ -24,9 +24,8 @@ from training.models.wilson import FloatArray
 Grid = tuple[int, int, int]
 
 MOST_POINTS = 2000  # stored; larger cells take seconds and are seldom solved
-# Flips, random starts and best starts tried: few first, more for what is left. A third attempt
-# solves 1.5 % more in twice the time.
-_ATTEMPTS = ((40, 4, 2), (80, 12, 4))
+# Flips, random starts and best starts tried: few first, many for what is left.
+_ATTEMPTS = ((40, 4, 2), (80, 12, 4), (80, 16, 8))
 _SUPERPOSED = 6
 _RESOLUTION = 0.22  # Å, of the map whose peaks are atoms
 _SHARP, _SOFT = 0.9, 0.6  # 1/Å; the window of E, that of `wilson`'s curve
