@@ -32,6 +32,18 @@ def epochs_of(run: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
 
 
+def same_course(run: Path, other: Path) -> bool:
+    """Whether two trainings differ by no more than rounding, epoch by epoch.
+
+    A count of right answers tells of rounding itself where a crystal is between two classes.
+    """
+    losses = [
+        [row[name] for row in epochs_of(each) for name in row if "loss" in name]
+        for each in (run, other)
+    ]
+    return len(losses[0]) == len(losses[1]) and np.allclose(*losses, rtol=2e-2, atol=1e-3)
+
+
 def random_set(seed: int, lengths: list[int], *, origin: bool = True) -> CloudSet:
     """Crystals of triclinic random cells; `lengths` stored points each, the first at the origin."""
     random = np.random.default_rng(seed)
