@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,6 +79,9 @@ class Asked:
             if self.dry_run and not self.as_json and not found[-1].remedy:
                 out.print(found[-1].said, soft_wrap=True, highlight=False)
         _show(found)
+        if self.dry_run:  # the folder was made to try it
+            with suppress(OSError):  # it has been there, with something in it
+                plan.jobs.rmdir()
         return not any(each.fatal for each in found)
 
 

@@ -87,12 +87,7 @@ def test_a_chain_whose_data_is_there_says_what_each_part_takes(
     assert told[2]["words"][0] == str(place / "run" / "grid.toml")
     assert sum(told[2]["expected"]["counts"]["arm"].values()) == 18  # six arms, three seeds
     assert told[2]["expected"]["counts"]["task"] == {"crystal_system": 18}
-    assert sorted(path.name for path in (place / "run").iterdir() if path.is_dir()) == [
-        "ablation.jobs",
-        "dataset",
-        "dataset.jobs",
-        "train.jobs",
-    ]
+    assert [path.name for path in (place / "run").iterdir()] == ["dataset"]
     assert not (place / "run" / "grid.toml").exists()
 
 
@@ -194,6 +189,7 @@ def test_submit_records_shows_and_cancels(slurm: Machines, place: Path) -> None:
     ]
     assert not out.exists()
     expected = json.loads(slurm.run(*words, "--dry-run", "--json").stdout)
+    assert [path.name for path in place.iterdir() if path not in (source, site)] == []
     assert (expected["job"], expected["expected"]["expected"]["records"]) == (None, 64)
     # What would make it an array, and of a surrounding job.
     told = ["SBATCH_ARRAY_INX=0-1", "SBATCH_NO_REQUEUE=1", "SLURM_MEM_PER_CPU=100"]
