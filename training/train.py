@@ -47,24 +47,34 @@ def train(
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file", remedy="give the path of a new folder")
     with exclusive(run):
-        with stopping(run, progress) as told:
-            data, parts, identity = _begin(dataset, run, config, resume)
-            if config.workers > 1:
-                # While Ray starts, no signal may break in.
-                told(Progress(0, config.members * config.passes, 0, 1))
-                fit_on_workers(
-                    dataset, run, config, identity=identity, resume=resume, progress=told
-                )
-            else:
-                with log_epochs(run) as log:
-
-                    def both(at: Progress) -> None:
-                        log(at)
-                        told(at)
-
-                    fit_members(run, data, config, identity=identity, resume=resume, progress=both)
+        data, parts, identity = _fit(dataset, run, config, resume, progress)
         domain.write(run, data, parts.learned, parts.rows["validation"], identity)
         return evaluate_run(run, dataset, data=data)
+
+
+def _fit(
+    dataset: Path,
+    run: Path,
+    config: TrainingConfig,
+    resume: bool,
+    progress: Callable[[Progress], None],
+) -> tuple[Clouds, Parts, dict[str, Any]]:
+    """Fit all members, here or on workers; clouds, split and identity of the training."""
+    with stopping(run, progress) as told:
+        data, parts, identity = _begin(dataset, run, config, resume)
+        if config.workers > 1:
+            # While Ray starts, no signal may break in.
+            told(Progress(0, config.members * config.passes, 0, 1))
+            fit_on_workers(dataset, run, config, identity=identity, resume=resume, progress=told)
+            return data, parts, identity
+        with log_epochs(run) as log:
+
+            def both(at: Progress) -> None:
+                log(at)
+                told(at)
+
+            fit_members(run, data, config, identity=identity, resume=resume, progress=both)
+    return data, parts, identity
 
 
 def _begin(
