@@ -41,16 +41,19 @@ def test_a_signal_death_is_told(tmp_path: Path) -> None:
 def test_what_a_killed_command_started_ends_with_it(tmp_path: Path) -> None:
     """As Ray's processes, whose driver the kernel ends when memory runs out."""
     script = (
-        "import os, signal, subprocess, time\n"
+        "import os, signal, subprocess\n"
         "from cluster.ray_session import private_folder\n"
         "with private_folder('secret') as folder:\n"
         "    sleep = '(setsid sleep 300 & echo $!; exec sleep 300) &'\n"
-        "    subprocess.run(['sh', '-c', sleep], start_new_session=True, check=True)\n"
-        "    print(folder, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "    started = subprocess.Popen(\n"
+        "        ['sh', '-c', sleep], start_new_session=True, stdout=subprocess.PIPE, text=True\n"
+        "    )\n"
+        "    print(started.stdout.readline().strip(), folder, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = tried(tmp_path / "out", script)
     assert done.returncode == 137
-    pid, folder = sorted(done.stdout.split(), key=len)
+    pid, folder = done.stdout.split()
     assert not Path(f"/proc/{pid}").exists()
     assert not Path(folder).exists()
 
