@@ -95,7 +95,8 @@ class Harmonic(nn.Module):
 
     def scale_to(self, train: CloudSet) -> None:
         """Take all units from the training crystals."""
-        train = train.subset(np.linspace(0, len(train) - 1, min(len(train), _SAMPLE)).astype(int))
+        if len(train) > _SAMPLE:
+            train = train.subset(np.linspace(0, len(train) - 1, _SAMPLE).astype(int))
         present = train.intensity_P[train.intensity_P > 0]
         if len(present):
             self.intensity_scale.fill_(float(present.median()))
