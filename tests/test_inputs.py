@@ -2,7 +2,10 @@
 
 import os
 import resource
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -26,7 +29,7 @@ from training.models.build import new_network
 from training.peers import Alone
 from training.portions import blocks, sample
 from training.split import Parts
-from training.timing import expect
+from training.timing import expect, timed_training
 from training.train import train
 
 GIB = 2**30
@@ -241,6 +244,25 @@ def test_a_forecast_and_an_audit_of_leaks_take_no_more_memory_than_a_training(
     monkeypatch.setattr("training.timing._SAMPLE", 70)
     expect(dataset, config)
     assert max(taken) <= 70
+
+
+def test_a_forecast_of_several_questions_counts_the_crystals_of_all(
+    clouds: CloudSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(model="harmonic", task="bulk_modulus", also=("crystal_system",), epochs=6)
+    known = np.arange(len(clouds)) % 4 == 0
+    labels = {"bulk_modulus": np.where(known, np.arange(len(clouds)) % 8 * 40.0, np.nan)}
+    data = replace(clouds, labels=labels)
+    parts = Parts.of(data, config)
+    others = parts.others["crystal_system"]
+    assert len(parts.rows["train"]) < len(others.rows["train"]) == len(parts.learned)
+    ticks = count()  # a second between any two looks at the clock, and so for each step
+    monkeypatch.setattr(
+        "training.timing.time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    )
+    validated = len(parts.rows["validation"]) + len(others.rows["validation"])
+    steps = (len(parts.learned) + validated / 3) / config.batch_size
+    assert timed_training(data, config, parts).training == pytest.approx(6 * steps)
 
 
 def test_a_dataset_is_opened_once(
