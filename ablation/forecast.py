@@ -12,12 +12,11 @@ from ablation.grid import GridConfig
 from ablation.parts import Part, not_done
 from ablation.plan import Trial, fits_of, plan
 from ablation.trials import REFERENCE
-from cluster import memory
 from cluster.ray_session import cards, cores, threads_for
 from cluster.terminal import duration, out, summary
 from featurization.manifest import read_manifest
 from training.config import ModelName
-from training.dataset import load
+from training.dataset import POINT_BYTES, map_clouds
 from training.split import Parts
 from training.timing import WORKING, Timed, timed_training
 
@@ -40,6 +39,8 @@ class Forecast:
 def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) -> Forecast:
     """Time a part of a training of each model, one after the other, and add up; writes nothing.
 
+    Of the clouds, only those that are timed are read.
+
     Args:
         folder: of a grid that is begun, what is done there does not count.
 
@@ -51,11 +52,11 @@ def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) ->
     if part is not None:
         planned = part.of(planned)
     todo = planned if folder is None else not_done(folder, planned)
-    data = load(Path(grid.dataset), grid.training.radiation)
+    data = map_clouds(Path(grid.dataset), grid.training.radiation)
     parts = {t: Parts.of(data, grid.training_of(t, grid.all_models[0], 0)) for t in grid.all_tasks}
     task = max(parts, key=lambda name: len(parts[name].rows["train"]))
     processes = min(grid.processes or cores(), len(planned))
-    threads, before = torch.get_num_threads(), memory.resident()
+    threads = torch.get_num_threads()
     torch.set_num_threads(threads_for(processes))
     try:
         timed = {
@@ -72,7 +73,8 @@ def forecast(grid: GridConfig, folder: Path | None, part: Part | None = None) ->
     mib = (2 * values + _LINE * len(planned)) / 2**20
     files = _FILES + 2 * len(parts) + _FILES_AT_WORK * processes + 2 * models
     gpus = cards(torch.cuda.device_count())
-    needs = max(0, memory.resident() - before) + WORKING
+    clouds = POINT_BYTES * int(data.offsets[-1])
+    needs = clouds + round(max(t.inputs for t in timed.values())) + WORKING
     return Forecast(
         {
             "task": _counted(planned, lambda t: t.training.task),

@@ -72,8 +72,14 @@ def watched(data: CloudSet, config: TrainingConfig) -> list[Row]:
 @contextmanager
 def bf16() -> Iterator[None]:
     """The network under bfloat16 autocast."""
-    cast = torch.autocast("cpu", dtype=torch.bfloat16)
-    with patch.object(loop, "_autocast", lambda where: cast):
+    new = loop.new_network
+
+    def casting(*given: Any) -> Any:
+        network = new(*given)
+        network.forward = torch.autocast("cpu", dtype=torch.bfloat16)(network.forward)
+        return network
+
+    with patch.object(loop, "new_network", casting):
         yield
 
 

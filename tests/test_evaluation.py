@@ -617,7 +617,7 @@ def test_nearest_is_the_least_over_all_pairs(block, monkeypatch):
 def test_blocks_of_crystals_do_not_show(monkeypatch):
     data = random_set(16, [40, 63, 20, 33])
     whole = radial_profiles(data)
-    monkeypatch.setattr("training.inputs._BLOCK_POINTS", 100)
+    monkeypatch.setattr("training.portions._BLOCK_POINTS", 100)
     np.testing.assert_allclose(radial_profiles(data), whole, rtol=1e-6)
 
 

@@ -140,6 +140,16 @@ def test_a_damaged_config_is_refused(copy):
     refused(folder, "config.json is damaged")
     (folder / "config.json").write_bytes(b"\xff\xfe")
     refused(folder, "config.json is damaged")
+    for name in ("featurization", "training", "identity"):
+        (folder / "config.json").write_text(json.dumps(json.loads(text) | {name: [1]}))
+        refused(folder, rf"config.json is damaged: {name} = \[1\]")
+
+
+def test_a_folder_in_place_of_weights_is_refused(copy):
+    folder = copy("harmonic")
+    (folder / MODEL).unlink()
+    (folder / MODEL).mkdir()
+    refused(folder, "is a folder")
 
 
 def test_an_older_layout_is_refused_by_that_name(copy, tmp_path):

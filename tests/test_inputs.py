@@ -2,7 +2,10 @@
 
 import os
 import resource
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -20,11 +23,13 @@ from featurization.config import FeaturizationConfig
 from training import dataset as module
 from training.dataset import CloudSet, MappedSet, in_memory, load, map_clouds, open_clouds
 from training.evaluate import evaluate_run
-from training.inputs import Rows, blocks, prepared
+from training.inputs import Rows, prepared
+from training.mapped import MappedColumns
 from training.models.build import new_network
 from training.peers import Alone
+from training.portions import blocks, sample
 from training.split import Parts
-from training.timing import expect
+from training.timing import expect, timed_training
 from training.train import train
 
 GIB = 2**30
@@ -132,8 +137,8 @@ def test_blocks_hold_each_row_once_and_few_points(
     rows = torch.randperm(len(clouds), generator=torch.Generator().manual_seed(0))
     lengths = clouds.offsets.diff()
     for most_points, most_crystals in ((1, 50), (700, 50), (1 << 21, 9), (1 << 21, 4096)):
-        monkeypatch.setattr("training.inputs._BLOCK_POINTS", most_points)
-        monkeypatch.setattr("training.inputs._BLOCK_CRYSTALS", most_crystals)
+        monkeypatch.setattr("training.portions._BLOCK_POINTS", most_points)
+        monkeypatch.setattr("training.portions._BLOCK_CRYSTALS", most_crystals)
         parts = list(blocks(clouds, rows))
         assert torch.equal(torch.cat(parts), rows)
         for part in parts:
@@ -180,6 +185,43 @@ def test_a_whole_run_from_mapped_files(
     assert answer | {"provenance": 0} == mapped | {"provenance": 0}
 
 
+@pytest.mark.parametrize("model", ["pointnet", "harmonic", "attention", "powder_cnn"])
+def test_no_part_of_a_training_takes_more_clouds_than_its_blocks(
+    model: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    monkeypatch.setattr("training.portions._BLOCK_POINTS", 1000)
+    monkeypatch.setattr("training.portions._SAMPLE_POINTS", 1000)
+    taken = []
+    gather = MappedColumns.gather
+
+    def watching(
+        self: MappedColumns, shard_B: np.ndarray, first_B: np.ndarray, length_B: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        taken.append(int(length_B.sum()))
+        return gather(self, shard_B, first_B, length_B)
+
+    monkeypatch.setattr(MappedColumns, "gather", watching)
+    train(dataset, tmp_path / "run", tiny(model=model, epochs=1, batch_size=8))
+    assert 0 < max(taken) <= 1000
+
+
+def test_a_sample_is_spread_evenly_and_takes_few_points(
+    clouds: CloudSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.arange(0, len(clouds), 2)
+    assert torch.equal(sample(clouds, rows), rows)
+    lengths = clouds.offsets.diff()
+    monkeypatch.setattr("training.portions._SAMPLE_POINTS", int(lengths[rows].sum()) // 3)
+    some = sample(clouds, rows)
+    assert len(rows) // 8 <= len(some) <= len(rows) // 2
+    assert int(lengths[some].sum()) <= int(lengths[rows].sum()) // 3
+    assert (some[0], some[-1]) == (rows[0], rows[-1])
+    assert int(some.diff().max() - some.diff().min()) <= 2
+    monkeypatch.setattr("training.portions._SAMPLE_POINTS", 1)
+    assert len(sample(clouds, rows)) == 1
+
+
 def test_a_forecast_and_an_audit_of_leaks_take_no_more_memory_than_a_training(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +229,7 @@ def test_a_forecast_and_an_audit_of_leaks_take_no_more_memory_than_a_training(
     train(dataset, tmp_path, config)
     leaks = evaluate_run(tmp_path, leaks=True)["leakage"]
     monkeypatch.setattr(memory, "available", lambda: 0)
-    monkeypatch.setattr("training.inputs._BLOCK_POINTS", 1000)
+    monkeypatch.setattr("training.portions._BLOCK_POINTS", 1000)
     monkeypatch.setattr(module, "in_memory", None)  # nobody asks for all clouds
     taken = []
     subset = MappedSet.subset
@@ -202,6 +244,25 @@ def test_a_forecast_and_an_audit_of_leaks_take_no_more_memory_than_a_training(
     monkeypatch.setattr("training.timing._SAMPLE", 70)
     expect(dataset, config)
     assert max(taken) <= 70
+
+
+def test_a_forecast_of_several_questions_counts_the_crystals_of_all(
+    clouds: CloudSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(model="harmonic", task="bulk_modulus", also=("crystal_system",), epochs=6)
+    known = np.arange(len(clouds)) % 4 == 0
+    labels = {"bulk_modulus": np.where(known, np.arange(len(clouds)) % 8 * 40.0, np.nan)}
+    data = replace(clouds, labels=labels)
+    parts = Parts.of(data, config)
+    others = parts.others["crystal_system"]
+    assert len(parts.rows["train"]) < len(others.rows["train"]) == len(parts.learned)
+    ticks = count()  # a second between any two looks at the clock, and so for each step
+    monkeypatch.setattr(
+        "training.timing.time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    )
+    validated = len(parts.rows["validation"]) + len(others.rows["validation"])
+    steps = (len(parts.learned) + validated / 3) / config.batch_size
+    assert timed_training(data, config, parts).training == pytest.approx(6 * steps)
 
 
 def test_a_dataset_is_opened_once(

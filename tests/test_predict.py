@@ -185,15 +185,18 @@ def test_only_settings_of_the_cloud_count(change, differs):
 def test_bad_requests_are_explained(trained, tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [document("a")])
     before = source.read_bytes()
+    folder = tmp_path / "folder.csv"
+    folder.mkdir()
     for out, source_, problem in [
         (tmp_path / "a.txt", str(source), "ends in none of"),
         (source, str(source), "is the source itself"),
+        (folder, str(source), "is a folder"),
         (tmp_path / "b.csv", str(tmp_path / "absent"), "is no file, folder or known word"),
     ]:
         with pytest.raises(UserError, match=problem):
             predict(trained, source_, out)
     assert source.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "folder.csv"]
     with pytest.raises(UserError, match=r"no config\.json"):
         Predictor(tmp_path)
 

@@ -353,6 +353,13 @@ def test_training_alone_is_rotated_and_every_crystal_comes_once_an_epoch(
     assert np.mean(angles) == pytest.approx(0, abs=5 / len(angles) ** 0.5)
 
 
+@pytest.mark.parametrize("model", get_args(NetworkName))
+def test_networks_compute_in_float32_wherever_they_are(clouds, tmp_path, monkeypatch, model):
+    # Rounded to bfloat16, a crystal that is turned gets another answer.
+    monkeypatch.setattr(torch, "autocast", None)
+    fit(tmp_path, clouds, tiny(model=model, epochs=1), identity={})
+
+
 def test_predictions_do_not_depend_on_the_batch_size_and_keep_the_order(clouds, whole):
     model = load_members(whole, tiny()).members[0]
     rows = torch.tensor([5, 3, 100, 7, 7, 0, 88])

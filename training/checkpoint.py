@@ -39,6 +39,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: no such file, not one of ours, or a damaged one.
     """
+    if path.is_dir():  # of which safetensors says that there is no such device
+        raise UserError(f"{path} is a folder", remedy="put back the file, or train again")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

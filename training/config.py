@@ -169,4 +169,10 @@ def recorded(run: Path) -> dict[str, Any]:
             f"{path} is of an older layout: it has no {', '.join(missing)}",
             remedy="train again, or use the version of xtal that trained it",
         )
+    for name in _RECORDED[1:]:
+        if not isinstance(content[name], dict):
+            raise UserError(
+                f"{path} is damaged: {name} = {content[name]!r}, not an object",
+                remedy="put back a copy of it, or train again",
+            )
     return content

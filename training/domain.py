@@ -15,7 +15,7 @@ few points lie in each. The flag knows nothing of the network: what is not flagg
 misjudged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from cluster.errors import UserError
 from training import checkpoint
 from training.dataset import Clouds, CloudSet
 from training.identity import first_difference
+from training.portions import blocks, sample
 
 FILE = "domain.safetensors"
 _QUANTILE = 0.99
@@ -49,7 +50,7 @@ def fit(data: Clouds, train_rows: Tensor, validation_rows: Tensor) -> dict[str, 
     train_rows, validation_rows = (
         rows[:: -(-len(rows) // _MOST_KEPT)] for rows in (train_rows, validation_rows)
     )
-    train = data.subset(train_rows.numpy())
+    train = data.subset(sample(data, train_rows).numpy())
     length_P, intensity_P = train.q_P3.norm(dim=1).numpy(), train.intensity_P.numpy()
     present = intensity_P[intensity_P > 0]
     tensors = {
@@ -57,7 +58,7 @@ def fit(data: Clouds, train_rows: Tensor, validation_rows: Tensor) -> dict[str, 
         # What a cloud without intensity is taken to have, so that its logarithm is finite.
         "floor": torch.tensor(float(np.quantile(present, 0.01)) if len(present) else 1.0),
     }
-    statistics = _statistics(train, tensors)
+    statistics = _of_blocks(_statistics, data, train_rows, tensors)
     centred = statistics - statistics.mean(dim=0)
     covariance = centred.T @ centred / len(centred)
     # A statistic that is the same for all must not divide by zero.
@@ -65,12 +66,17 @@ def fit(data: Clouds, train_rows: Tensor, validation_rows: Tensor) -> dict[str, 
     whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
     tensors |= {"mean": statistics.mean(dim=0), "whitening": whitening}
     tensors |= {"known": (centred @ whitening).contiguous()}
-    validation = distances(data.subset(validation_rows.numpy()), tensors)
-    return tensors | {"threshold": torch.tensor(np.quantile(validation, _QUANTILE))}
+    validation = _of_blocks(_distances, data, validation_rows, tensors)
+    return tensors | {"threshold": torch.tensor(np.quantile(validation.numpy(), _QUANTILE))}
 
 
 def distances(data: CloudSet, tensors: Mapping[str, Tensor]) -> NDArray[np.float64]:
     """(N,) distance of each crystal to its fifth nearest of the training."""
+    answer: NDArray[np.float64] = _distances(data, tensors).numpy()
+    return answer
+
+
+def _distances(data: CloudSet, tensors: Mapping[str, Tensor]) -> Tensor:
     known = tensors["known"]
     points = (_statistics(data, tensors) - tensors["mean"]) @ tensors["whitening"]
     nearest = [
@@ -79,8 +85,7 @@ def distances(data: CloudSet, tensors: Mapping[str, Tensor]) -> NDArray[np.float
         .values
         for part in points.split(_BLOCK)
     ]
-    answer: NDArray[np.float64] = torch.cat(nearest).numpy()
-    return answer
+    return torch.cat(nearest)
 
 
 def flags(data: CloudSet, tensors: Mapping[str, Tensor]) -> NDArray[np.bool_]:
@@ -117,6 +122,16 @@ def read(run: Path, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
             remedy="put back that of this training, or make it anew with xtal train --resume",
         )
     return tensors
+
+
+def _of_blocks(
+    function: Callable[[CloudSet, Mapping[str, Tensor]], Tensor],
+    data: Clouds,
+    rows: Tensor,
+    tensors: Mapping[str, Tensor],
+) -> Tensor:
+    """A function of clouds for some crystals, of whose clouds few are in memory at a time."""
+    return torch.cat([function(data.subset(b.numpy()), tensors) for b in blocks(data, rows)])
 
 
 def _statistics(data: CloudSet, tensors: Mapping[str, Tensor]) -> Tensor:

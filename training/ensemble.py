@@ -21,7 +21,7 @@ from training import checkpoint
 from training.config import BLEND, BoostedName, ModelName, TrainingConfig, recorded
 from training.dataset import Clouds, CloudSet
 from training.identity import featurization_of, signature
-from training.inputs import blocks, prepared
+from training.inputs import prepared
 from training.loop import MODEL, device, fit, predict
 from training.models.boosted import Boosted
 from training.models.build import (
@@ -35,6 +35,7 @@ from training.models.build import (
     units_of,
 )
 from training.peers import Alone, Peers
+from training.portions import blocks
 from training.progress import Progress
 from training.split import Parts
 

@@ -7,7 +7,6 @@ process. A network that sees the points themselves is fed the clouds.
 
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from cluster import memory
 from training.dataset import CloudBatch, Clouds
 from training.models.build import Inputs, Network
 from training.peers import Peers
-
-_BLOCK_CRYSTALS, _BLOCK_POINTS = 4096, 1 << 21  # worked on at a time
+from training.portions import blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +50,6 @@ def prepared(model: Network, data: Clouds, peers: Peers, folder: Path) -> Inputs
         answer[rows] = whole.unflatten(1, made.shape[1:])
     assert answer is not None, "no crystals"
     return Rows(answer)
-
-
-def blocks(data: Clouds, rows: Tensor) -> Iterator[Tensor]:
-    """Rows cut into parts whose clouds take little memory, each of at least one crystal."""
-    ends = data.offsets.diff()[rows].cumsum(0)
-    start = 0
-    while start < len(rows):
-        before = int(ends[start - 1]) if start else 0
-        room = int(torch.searchsorted(ends, before + _BLOCK_POINTS, right=True))
-        stop = min(max(room, start + 1), start + _BLOCK_CRYSTALS)
-        yield rows[start:stop]
-        start = stop
 
 
 def _room(shape: tuple[int, ...], sharers: int, folder: Path) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from training.dataset import Clouds, CloudSet
-from training.inputs import blocks
+from training.portions import blocks
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]

@@ -65,8 +65,7 @@ def predict(
     mine = rows[peers.rank :: peers.size]
     parts = []
     for part in mine.split(batch_size):
-        with _autocast(where):
-            parts.append(model(inputs.batch(part).to(where)).float().cpu())
+        parts.append(model(inputs.batch(part).to(where)).float().cpu())
     logits = torch.cat(parts) if parts else torch.zeros(0, model.classes)
     return peers.gather(logits.numpy())
 
@@ -206,9 +205,8 @@ def _step(
         assert isinstance(batch, CloudBatch)
         batch = batch.rotated(posed_rotations(config.pose, len(rows_B), random)[mine])
     watch.has_batch()
-    with _autocast(where):
-        logits = model(batch.to(where)).float()
-        loss = objective.loss(logits, parts, config, rows_B[mine])
+    logits = model(batch.to(where)).float()
+    loss = objective.loss(logits, parts, config, rows_B[mine])
     (loss / len(rows_B)).backward()
     total = loss.detach()
     peers.sum([*(p.grad for p in model.parameters() if p.grad is not None), total])
@@ -271,10 +269,6 @@ def _restore(
 def _generator(*words: int) -> torch.Generator:
     seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) >> 1)
-
-
-def _autocast(where: torch.device) -> torch.autocast:
-    return torch.autocast(where.type, dtype=torch.bfloat16, enabled=where.type == "cuda")
 
 
 def _table(history: list[dict[str, float]]) -> str:

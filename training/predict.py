@@ -218,8 +218,8 @@ def predict(
         the crystal is out of distribution; and how many crystals have the id of an earlier one.
 
     Raises:
-        UserError: no such run or source, another ending, or a dataset that is damaged or
-            featurized otherwise.
+        UserError: no such run or source, a folder or another ending as `out`, a dataset that is
+            damaged or featurized otherwise.
     """
     sources = [source] if isinstance(source, str) else list(source)
     if out.suffix not in _SUFFIXES:
@@ -228,6 +228,8 @@ def predict(
         )
     if out.exists() and any(Path(each).exists() and out.samefile(each) for each in sources):
         raise UserError(f"{out} is the source itself", remedy="write to another file")
+    if out.is_dir():  # hours later, renaming the table to it would fail
+        raise UserError(f"{out} is a folder", remedy="name a file in it")
     predictor = Predictor(run, task, warn=warn)
     counts = {"crystals": 0, "predicted": 0, "not predicted": 0, "out of distribution": 0}
     ids = array("Q")

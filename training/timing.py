@@ -20,7 +20,7 @@ from training.loop import fit
 from training.models.boosted import Boosted
 from training.models.build import is_boosted
 from training.peers import Alone
-from training.split import Parts
+from training.split import SPLITS, Parts
 
 _SAMPLE = 3000  # crystals that are timed for all
 _STEPS = (3, 15)  # a network is timed between these steps
@@ -99,7 +99,7 @@ def _time(data: Clouds, config: TrainingConfig, parts: Parts) -> Timed:
             return Timed(once, config.members * training, answer, whole.nbytes)
         marks: list[float] = []
         short = config.model_copy(
-            update={"members": 1, "batch_size": min(config.batch_size, len(own.rows["train"]))}
+            update={"members": 1, "batch_size": min(config.batch_size, len(own.learned))}
         )
         fit(
             Path(name) / "run",
@@ -114,17 +114,19 @@ def _time(data: Clouds, config: TrainingConfig, parts: Parts) -> Timed:
     size = times * seen.inputs.values_N.nbytes if isinstance(seen.inputs, Rows) else 0.0
     first = min(_STEPS[0], len(marks) - 1)
     step = (marks[-1] - marks[first - 1]) / max(1, len(marks) - first)
-    crystals = config.epochs * (len(parts.rows["train"]) + _FORWARD * len(parts.rows["validation"]))
+    questions = [parts, *parts.others.values()]
+    asked, tested = (sum(len(q.rows[side]) for q in questions) for side in SPLITS[1:])
+    crystals = config.epochs * (len(parts.learned) + _FORWARD * asked)
     training = config.members * step * crystals / short.batch_size
-    test = config.members * step * _FORWARD * len(parts.rows["test"]) / short.batch_size
+    test = config.members * step * _FORWARD * tested / short.batch_size
     return Timed(once, training, test + answer, size)
 
 
 def _sample(data: Clouds, config: TrainingConfig, parts: Parts) -> tuple[Clouds, Parts]:
-    """So few crystals that they are soon prepared, from all over the set; all, if classes miss."""
-    rows = torch.cat(list(parts.rows.values())).sort().values.numpy()
-    if len(rows) <= _SAMPLE:
-        return data, parts
+    """So few crystals that they are soon prepared, from all over those that are used; all of the
+    set, if classes miss."""
+    every = [rows for own in (parts, *parts.others.values()) for rows in own.rows.values()]
+    rows = torch.cat(every).unique().numpy()
     some = data.subset(rows[:: -(-len(rows) // _SAMPLE)])
     try:
         return some, Parts.of(some, config)

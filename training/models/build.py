@@ -15,6 +15,7 @@ from training.models.attention import Attention
 from training.models.harmonic import Harmonic
 from training.models.pointnet import PointNet
 from training.models.powder_cnn import PowderCNN
+from training.portions import sample
 
 Network = PointNet | Harmonic | Attention | PowderCNN
 Describe = Callable[[CloudSet], NDArray[np.float32]]
@@ -26,7 +27,6 @@ _NETWORKS: dict[NetworkName, type[Network]] = {
     "powder_cnn": PowderCNN,
 }
 
-_SAMPLE = 1 << 13
 _WIDTHS: dict[ModelName, int] = {"pointnet": 256, "harmonic": 256}
 
 # What a boosted model sees of each crystal, (N, F).
@@ -68,8 +68,8 @@ def new_network(
 ) -> Network:
     """The configured network with seeded weights and units of the training crystals.
 
-    Of more than 8,192 of them, as many that are evenly spaced give the units. With `config.init`
-    both are those of that run.
+    Of many, or large ones, some that are evenly spaced give the units (`training.portions`). With
+    `config.init` both are those of that run.
 
     Args:
         units: what `units_of` gives for these crystals, if it is known already.
@@ -81,8 +81,7 @@ def new_network(
     if units is not None:
         network.load_state_dict(network.state_dict() | dict(units))
         return network
-    sample = np.linspace(0, len(train_rows) - 1, min(len(train_rows), _SAMPLE)).astype(int)
-    network.scale_to(data.subset(train_rows.numpy()[sample]))
+    network.scale_to(data.subset(sample(data, train_rows).numpy()))
     return network
 
 

@@ -14,6 +14,7 @@ from training.dataset import CloudSet
 from training.models import wilson
 from training.models.spherical import INTENSITIES, SHELLS, SLICES, coefficients
 from training.models.steady import steady
+from training.portions import blocks
 
 Q_MAX = 1.2  # 1/Å, end of the radial grids; points beyond count at the end
 _UNIT = 4e-3  # e²/Å⁶, about the median intensity of inorganic crystals: where the logarithm bends
@@ -23,7 +24,6 @@ _DISTANCES = np.concatenate([np.arange(0.0, 1.5, 0.1), np.arange(1.5, 10.01, 0.1
 _FLOOR = 1e-5  # relative; below it a singular value is the rounding of float32
 _LEAST_POWER = 1e-7  # relative; rounding gives up to 1e-10 where symmetry allows none
 _TINY = 1e-12
-_BLOCK = 4096  # crystals described at a time, in about 0.3 GB
 
 Kinds = list[NDArray[np.float64]]
 
@@ -59,9 +59,9 @@ def steady_invariants(data: CloudSet) -> NDArray[np.float32]:
 
 
 def _blockwise(data: CloudSet, change: Callable[[Kinds], Kinds]) -> NDArray[np.float32]:
-    starts = range(0, len(data) or 1, _BLOCK)
-    blocks = (data.subset(np.arange(i, min(i + _BLOCK, len(data)))) for i in starts)
-    tables = [np.concatenate(change(_invariants(block)), axis=1) for block in blocks]
+    rows = list(blocks(data, torch.arange(len(data)))) or [torch.arange(0)]
+    parts = (data.subset(each.numpy()) for each in rows)
+    tables = [np.concatenate(change(_invariants(part)), axis=1) for part in parts]
     return np.concatenate(tables).astype(data.q_P3.numpy().dtype)
 
 

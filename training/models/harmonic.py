@@ -95,7 +95,8 @@ class Harmonic(nn.Module):
 
     def scale_to(self, train: CloudSet) -> None:
         """Take all units from the training crystals."""
-        train = train.subset(np.linspace(0, len(train) - 1, min(len(train), _SAMPLE)).astype(int))
+        if len(train) > _SAMPLE:
+            train = train.subset(np.linspace(0, len(train) - 1, _SAMPLE).astype(int))
         present = train.intensity_P[train.intensity_P > 0]
         if len(present):
             self.intensity_scale.fill_(float(present.median()))
@@ -133,13 +134,11 @@ class Harmonic(nn.Module):
     def power(self, relative_BAM: Tensor) -> Tensor:
         """(B, 3K) scalar products of the two halves of each degree's mixings, compressed."""
         products = []
-        # Rounding to bfloat16 is not the same in every orientation.
-        with torch.autocast(relative_BAM.device.type, enabled=False):
-            for degree, mixing in zip(DEGREES[1:], self.mixings, strict=True):
-                orders = slice(SLICES[degree].start - 1, SLICES[degree].stop - 1)
-                mixed_BMK = relative_BAM[:, :, orders].transpose(1, 2) @ mixing
-                first, second = mixed_BMK.chunk(2, dim=2)
-                products.append(torch.asinh(10 * (first * second).sum(dim=1)))
+        for degree, mixing in zip(DEGREES[1:], self.mixings, strict=True):
+            orders = slice(SLICES[degree].start - 1, SLICES[degree].stop - 1)
+            mixed_BMK = relative_BAM[:, :, orders].transpose(1, 2) @ mixing
+            first, second = mixed_BMK.chunk(2, dim=2)
+            products.append(torch.asinh(10 * (first * second).sum(dim=1)))
         return torch.cat(products, dim=1)
 
     def _coefficients(self, data: CloudSet) -> Tensor:
