@@ -52,7 +52,7 @@ class Asked:
             UserError: a wrong site file or time, or a job that cannot succeed any more.
         """
         given: dict[str, Any] = {f.name: context.params.get(f.name) for f in fields(cls)}
-        given["sites"] = read_site(Path(context.params["site"]))  # typer 0.26 gives its text
+        given["sites"] = read_site(context.params["site"])
         asked = cls(**given)
         check_time(asked.time)
         if asked.after is not None:
