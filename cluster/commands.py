@@ -85,10 +85,12 @@ def dashboard(
     """
     found = [path for each in _folders(result) for path in each.glob(ADDRESS.format("*"))]
     found.sort(key=lambda path: path.stat().st_mtime)
-    if not found:
+    read = ((path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in found[::-1])
+    # That of another job is what its first node, which was lost, could not remove.
+    running = (each for each in read if look(each[1]["job"]).state == "RUNNING")
+    if (newest := next(running, None)) is None:
         raise UserError(f"no job of {result} has a Ray now", remedy="see xtal jobs RUN")
-    seen = json.loads(found[-1].read_text(encoding="utf-8"))
-    jobs = found[-1].parent
+    jobs, seen = newest
     rows = [row for row in recorded(jobs) if row["job"] == seen["job"]]
     login = login or next((row["site"].get("login") for row in rows), None) or "LOGIN"
     forward = ["-L", f"127.0.0.1:{port}:127.0.0.1:{seen['port']}", seen["node"]]

@@ -28,6 +28,9 @@ _RAY = (sys.executable, "-c", "from ray.scripts.scripts import main; main()")
 _STORE = (1 << 27, 1 << 31)  # least and most bytes of the object store: trials share no objects
 _STORE_SHARE = 0.1  # of the node's memory
 _ATTEMPTS = 3  # Ray gives its parts 30 s to start, which a node under load or cold files exceed
+# Two endpoints of fixed ports, on all interfaces and without a token, where neighbours on a node
+# would meet: at a port that there is not, Ray goes on without them.
+_UNHEARD = {"AUTOSCALER_METRIC_PORT": "65536", "DASHBOARD_METRIC_PORT": "65536"}
 # A lost node is noticed after about this long: period × failures + timeout, s.
 _HEALTH = {
     "RAY_health_check_initial_delay_ms": "10000",
@@ -92,6 +95,7 @@ def _start(folder: Path, head: str | None, peer: str) -> dict[str, Any]:
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": interface,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        **_UNHEARD,
         **_HEALTH,
         **metrics_settings(metrics),
     }

@@ -14,7 +14,7 @@ from cluster.slurm import gpus_of
 
 VERBS = ("featurize", "train", "ablate")
 _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
-# What xtal submit says to sbatch by itself, and where to say it.
+# What is xtal submit's to say to sbatch, and where to say it.
 _OWN = {
     "nodes": "--nodes to xtal submit",
     "time": "--time to xtal submit",
@@ -33,6 +33,8 @@ _OWN = {
     "wrap": "",
     "no-requeue": "",
     "kill-on-invalid-dep": "",
+    # With which sbatch does not answer with the number of a job of this cluster, at once.
+    **dict.fromkeys(("wait", "clusters", "help", "usage", "version"), ""),
 }
 
 
@@ -98,7 +100,7 @@ class Site(Config):
                 raise ValueError(f"{option!r}: write the long form, --name=value, as one word")
             # SLURM reads the beginning of a name, too.
             if own := next((own for own in _OWN if f"--{own}".startswith(name)), None):
-                said = f"xtal submit gives --{own} itself: leave it out"
+                said = f"--{own} is not for a site file: leave it out"
                 instead = f", and give {_OWN[own]}" if _OWN[own] else ""
                 raise ValueError(f"{option!r}: {said}{instead}")
         return options

@@ -176,7 +176,13 @@ def submit(words: Sequence[str], environment: dict[str, str]) -> str:
         UserError: SLURM refuses it.
         RunFailed: it does not answer.
     """
-    return _sbatch(words, environment).stdout.strip().partition(";")[0]
+    said = _sbatch(words, environment).stdout.strip()
+    # A site may greet first; with several clusters SLURM names this one after the number.
+    job = said.rpartition("\n")[2].partition(";")[0]
+    if not job.isdigit():
+        remedy = "see squeue whether the job is there; else try again"
+        raise RunFailed(f"sbatch gives no number of a job: {said!r}", remedy=remedy)
+    return job
 
 
 def start_of(words: Sequence[str], environment: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ from cluster.errors import RunFailed, UserError
 from cluster.preflight import Finding, living_job, preflight, probe_node
 from cluster.site import Site, check_time, read_site, write_setup
 from cluster.slurm import Job, ask, look, seconds_of
-from cluster.submit import Plan
+from cluster.submit import Plan, clean_environment
 from cluster.terminal import complain, duration, err, out, summary
 
 SiteFile = Annotated[Path, typer.Option("--site", help="Site file; see slurm/site.toml.example.")]
@@ -79,9 +79,8 @@ class Asked:
             if self.dry_run and not self.as_json and not found[-1].remedy:
                 out.print(found[-1].said, soft_wrap=True, highlight=False)
         _show(found)
-        if self.dry_run:  # the folder was made to try it
-            with suppress(OSError):  # it has been there, with something in it
-                plan.jobs.rmdir()
+        with suppress(OSError):  # it has been there, with something in it
+            plan.jobs.rmdir()  # which was made to try it
         return not any(each.fatal for each in found)
 
 
@@ -147,15 +146,22 @@ class Estimate:
             elements: jobs of an array, each of one node: parts of a grid, or a training each.
 
         Raises:
-            RunFailed: it refuses.
+            UserError: it refuses.
+            RunFailed: this machine cannot tell.
         """
         command = [sys.executable, "-m", "xtal", plan.verb, *plan.words, "--dry-run", "--json"]
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            command,
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
-            said = f"xtal {plan.verb} --dry-run: {done.stderr.strip()}"
-            raise RunFailed(said, remedy="mend this first")
+            said = f"xtal {plan.verb} --dry-run: {done.stderr.strip() or done.returncode}"
+            kind = UserError if done.returncode == UserError.exit_code else RunFailed
+            raise kind(said, remedy="mend this first")
         content = json.loads(done.stdout)
         takes = content["seconds"]
         # A worker of a training has a node, and its threads all cores of it, as here.
@@ -165,6 +171,22 @@ class Estimate:
         seconds = takes["alone"] + takes["shared"] / min(share, most)
         each = max(1, plan.site.gpus) if plan.verb == "train" else plan.site.cores_per_node
         return cls(content, seconds, min(each, most) * content["memory"])
+
+    @classmethod
+    def told(cls, plan: Plan, elements: int | None = None, *, silent: bool) -> dict[str, Any]:
+        """Show what a job takes, unless `silent`; the same for JSON, empty if it cannot be told.
+
+        Raises:
+            UserError: the verb refuses.
+        """
+        try:
+            found = cls.of(plan, elements)
+        except RunFailed as error:  # a login node may allow less than the work needs
+            complain("warning", error.problem)
+            return {}
+        if not silent:
+            found.show(plan)
+        return found.as_dict()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -179,7 +201,7 @@ class Estimate:
         rows = dict(self.content["expected"])
         needs = f"{self.memory / 2**30:.1f} GiB a node"
         rows["this job"] = f"about {duration(self.seconds)}, --time is {plan.time}; {needs}"
-        summary("what to expect; nothing was submitted", rows)
+        summary("what to expect", rows)
         for each in self.content.get("warnings", ()):
             complain("warning", each)
         if 0 < plan.site.memory << 20 < self.memory:

@@ -158,6 +158,7 @@ def submit_all(
         with _readable(grid, text) as draft:
             _show_chain(asked, plans, draft)
         return
+    expected = {} if after else Estimate.told(plans[0], silent=as_json)
     if grid is None:
         write_text(plan, text)
     told: list[dict[str, Any]] = []
@@ -168,7 +169,7 @@ def submit_all(
         except Exception:
             cancel([row["job"] for row in told])  # a chain is whole or is not there
             raise
-        told.append(_as_dict(each, job))
+        told.append(_as_dict(each, job) | ({} if told else expected))
         if not as_json:
             out.print(f"{each.shown()}\n{each.verb}: job {job}", soft_wrap=True, highlight=False)
     if as_json:
@@ -204,20 +205,20 @@ def _show_chain(asked: Asked, plans: Sequence[Plan], grid: Path) -> None:
         planned = replace(plan, after=after)
         after = f"JOB-OF-{plan.verb}"
         # The others need the dataset.
-        ready = plan.verb == "featurize" or (plans[0].result / "manifest.json").exists()
+        first = plan.verb == "featurize" and asked.after is None
+        ready = first or (plans[0].result / "manifest.json").exists()
         if plan.verb == "ablate":
             plan = replace(plan, words=(str(grid), *plan.words[1:]))
-        expected = Estimate.of(plan) if ready else None
-        if asked.as_json:
-            told.append(_as_dict(planned, None) | (expected.as_dict() if expected else {}))
-            continue
-        out.print(planned.shown(), soft_wrap=True, highlight=False)
-        if expected is None:
-            out.print("what it takes is known once there is data")
-        else:
-            expected.show(plan)
+        if not asked.as_json:
+            out.print(planned.shown(), soft_wrap=True, highlight=False)
+            if not ready:
+                out.print("what it takes is known once there is data")
+        expected = Estimate.told(plan, silent=asked.as_json) if ready else {}
+        told.append(_as_dict(planned, None) | expected)
     if asked.as_json:
         show_json(told)
+    else:
+        out.print("nothing was submitted")
 
 
 def _submit(context: typer.Context, verb: str, result: Path, words: Sequence[str]) -> None:
@@ -253,14 +254,14 @@ def _submit(context: typer.Context, verb: str, result: Path, words: Sequence[str
         shown += [plan.shown()]
     if not as_json:
         out.print("\n".join(shown), soft_wrap=True, highlight=False)
+    # What comes --after another job may need what that one makes.
+    told = Estimate.told(plan, array, silent=as_json) if asked.after is None else {}
     if asked.dry_run:
-        expected = Estimate.of(plan, array) if asked.after is None else None
         if as_json:
-            show_json(_as_dict(plan, None) | (expected.as_dict() if expected else {}))
-        elif expected:
-            expected.show(plan)
+            show_json(_as_dict(plan, None) | told)
+        else:
+            out.print("nothing was submitted")
         return
-    told = {}
     if array is None:
         job = plan.submit()
     else:

@@ -13,7 +13,16 @@ from cluster.errors import RunFailed, UserError
 from cluster.ray_cluster import cpus_of
 from cluster.ray_node import resources
 from cluster.site import VERBS, Site, check_time, read_site, write_setup
-from cluster.slurm import Job, Kind, look, parse_kind, parse_sacct, parse_show_job, seconds_of
+from cluster.slurm import (
+    Job,
+    Kind,
+    look,
+    parse_kind,
+    parse_sacct,
+    parse_show_job,
+    seconds_of,
+    submit,
+)
 from cluster.submit import Plan, clean_environment
 from cluster.submit_asked import Estimate
 
@@ -42,7 +51,8 @@ def test_a_table_changes_one_verb(tmp_path: Path) -> None:
     assert "--ntasks-per-node=8" in sites["featurize"].sbatch_options("featurize")
     assert "--cpus-per-task=8" in sites["ablate"].sbatch_options("ablate")
     assert "--partition=cpu" in sites["ablate"].sbatch_options("ablate")
-    path.write_text('partition = ""\nmpi = "pmix_v4"\noptions = ["--exclude=x", "--time-min=3"]\n')
+    options = 'options = ["--exclude=x", "--time-min=3", "--wait-all-nodes=1"]'
+    path.write_text(f'partition = ""\nmpi = "pmix_v4"\n{options}\n')
     site = read_site(path)["ablate"]
     assert not [word for word in site.sbatch_options("ablate") if "--partition" in word]
     assert site.environment() == {"XTAL_MPI": "pmix_v4"}
@@ -63,12 +73,16 @@ def test_a_table_changes_one_verb(tmp_path: Path) -> None:
         ('mpi = "pmix v3"', "mpi = 'pmix v3'"),
         ('options = ["exclusive"]', "write the long form"),
         ('options = ["-Cnvme"]', "write the long form"),
-        ('options = ["--nodes=3"]', "gives --nodes itself: leave it out, and give --nodes to xtal"),
-        ('options = ["--array=0-1"]', "gives --array itself"),
-        ('options = ["--time=3"]', "gives --time itself"),
-        ('options = ["--no-requeue"]', "gives --no-requeue itself: leave it out"),
-        ('options = ["--expo=NONE"]', "'--expo=NONE': xtal submit gives --export itself"),
-        ('options = ["--mem=3G"]', "gives --mem itself: leave it out, and give memory_per_node"),
+        (
+            'options = ["--nodes=3"]',
+            "--nodes is not for a site file: leave it out, and give --nodes",
+        ),
+        ('options = ["--array=0-1"]', "--array is not for a site file"),
+        ('options = ["--time=3"]', "--time is not for a site file"),
+        ('options = ["--no-requeue"]', "--no-requeue is not for a site file: leave it out"),
+        ('options = ["--expo=NONE"]', "'--expo=NONE': --export is not for a site file"),
+        ('options = ["--mem=3G"]', "--mem is not for a site file: leave it out, and give mem"),
+        ('options = ["--wait"]', "--wait is not for a site file: leave it out"),
         ('setup = ["a\\nb"]', r"'a\\nb': line breaks"),
         ('account = "a\\n#SBATCH --x"', "line breaks and other control characters"),
         ('memory_per_node = "many"', "memory_per_node"),
@@ -214,6 +228,17 @@ def test_resources_are_slurms_not_the_hosts() -> None:
     assert per_cpu["cards"] == 0
 
 
+def test_the_number_of_a_job_is_what_a_site_says_last(tmp_path: Path) -> None:
+    """As one of which sbatch greets, or is another program that gives none."""
+    program = tmp_path / "sbatch"
+    program.write_text('#!/bin/sh\nprintf "$1"\n')
+    program.chmod(0o755)
+    assert submit([str(program), "Welcome!\\n--> fine\\n17;tiny\\n"], {}) == "17"
+    for said in ("", "slurm 22.05"):
+        with pytest.raises(RunFailed, match="no number of a job"):
+            submit([str(program), said], {})
+
+
 def test_without_slurm_the_remedy_is_said(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -348,6 +373,8 @@ def test_an_estimate_is_compared_with_the_time(
         assert found.content["expected"]["records"] == 560
         assert found.memory == cores * found.content["memory"] > cores * 50 << 20
     assert takes["shared"] > 0.1
+    with pytest.raises(UserError, match=r"xtal featurize --dry-run: .*'nowhere' is no file"):
+        Estimate.told(replace(plan, words=("nowhere", *words[1:])), silent=False)
     # No more processes than trainings, and elements of an array have one node each.
     (tmp_path / "xtal.py").write_text(f"print({json.dumps(json.dumps(HOURS))})")
     monkeypatch.chdir(tmp_path)
@@ -356,6 +383,9 @@ def test_an_estimate_is_compared_with_the_time(
     assert [Estimate.of(grid, n).seconds for n in (None, 2)] == [3600, 3600]
     assert Estimate.of(grid).memory == 24 << 30
     assert Estimate.of(replace(grid, site=Site(cores_per_node=2)), 4).seconds == 10800
+    (tmp_path / "xtal.py").write_text("raise MemoryError\n")
+    assert Estimate.told(grid, silent=False) == {}  # the login node is no reason to refuse
+    assert "MemoryError" in capsys.readouterr().err
     for seconds, times in ((0.9, None), (7.5, 7)):
         Estimate(found.content, seconds, 3 << 30).show(plan)
         said = capsys.readouterr()

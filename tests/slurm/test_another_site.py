@@ -42,7 +42,9 @@ def test_accounting_remembers(accounted: Machines) -> None:
     site = ("--site", accounted.shared / "site.toml")
     whole, bad, waiting = (accounted.shared / name for name in ("whole", "bad", "waiting"))
     first = xtal(accounted, "submit", "featurize", "prototypes:14", whole, *site)["job"]
-    wrong = xtal(accounted, "submit", "featurize", "prototypes:no", bad, *site)["job"]
+    # Of what comes after another job it is not known before whether there is a source.
+    words = ["submit", "featurize", "prototypes:no", bad, *site, "--after", first]
+    wrong = xtal(accounted, *words)["job"]
     assert accounted.ended(first) == "COMPLETED"
     assert accounted.ended(wrong) == "FAILED"
     # Each link alone would be let in: only the third of them is refused.

@@ -134,6 +134,34 @@ def test_what_slurm_itself_would_refuse_is_never_begun(
     assert "partition" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["featurize", "nowhere.jsonl"], "'nowhere.jsonl' is no file"),
+        (["all", "nowhere.jsonl"], "'nowhere.jsonl' is no file"),
+        (["train", "SMALL"], "has no label bulk_modulus"),
+        (["ablate", "grid.toml"], "nowhere"),
+    ],
+)
+def test_what_is_not_there_is_told_before_the_queue(
+    slurm: Machines, place: Path, small: Path, words: list[str], said: str
+) -> None:
+    """Unless another job may make it."""
+    grid = 'dataset = "nowhere"\narms = ["none", "basis_only"]\n[training]\n'
+    (place / "grid.toml").write_text(grid + 'task = "bulk_modulus"\n')
+    first = place / words[1] if words[1] == "grid.toml" else small
+    words = [words[0], words[1] if words[1] == "nowhere.jsonl" else str(first), str(place / "out")]
+    words = ["xtal", "submit", *words, "--site", str(slurm.shared / "site.toml"), "--json"]
+    before = slurm.sbatch("--hold", "--wrap=true")
+    done = slurm.run(*words, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert [path.name for path in place.rglob("*") if path.is_file()] == ["grid.toml"]
+    told = json.loads(slurm.run(*words, "--after", before).stdout)
+    jobs = told if isinstance(told, list) else [told]
+    assert slurm.job(jobs[0]["job"])["Dependency"].startswith(f"afterok:{before}")
+
+
 def test_a_job_waits_for_a_node_that_is_out_and_others_for_the_job(
     slurm: Machines, place: Path
 ) -> None:
@@ -143,6 +171,7 @@ def test_a_job_waits_for_a_node_that_is_out_and_others_for_the_job(
     try:
         done = slurm.run(*words, "--json")
         job = json.loads(done.stdout)["job"]
+        assert json.loads(done.stdout)["expected"]["expected"]["records"] == 14
         assert "it pends until a node is back; down or drained: node3" in done.stderr
         assert "which looks like one machine's disk" in done.stderr  # as this one is
         assert slurm.job(job)["JobState"] == "PENDING"

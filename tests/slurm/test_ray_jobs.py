@@ -74,6 +74,11 @@ def told(slurm: Machines, place: Path, name: str, seconds: float = 240) -> dict[
     return found
 
 
+def listeners(slurm: Machines, node: str) -> list[str]:
+    """Lines of ss, one a TCP port that somebody listens on."""
+    return slurm.on(node, ["ss", "-Hltn"]).stdout.splitlines()
+
+
 def test_two_jobs_side_by_side_and_a_cancelled_one(slurm: Machines, place: Path) -> None:
     """On the same three nodes, a core of each; one is cancelled, one ends by itself."""
     first = ray_job(slurm, place, "a", str(place / "go"))
@@ -86,6 +91,10 @@ def test_two_jobs_side_by_side_and_a_cancelled_one(slurm: Machines, place: Path)
         assert each["resources"]["CPU"] == 3  # type: ignore[index]  # SLURM's, not the host's
         assert (each["folder"], each["token"]) == ("0o700", "0o600")
     assert a["address"] != b["address"]
+    # Of Ray's own fixed ports, at which the two would meet, none is open: the last two of these
+    # answer without a token.
+    heard = {line.split()[3].rpartition(":")[2] for line in listeners(slurm, "node1")}
+    assert not heard & {"6379", "8265", "10001", "52365", "44217", "44227"}
     token = slurm.on("node1", ["sh", "-c", "cat /tmp/xtal-ray-*/token"]).stdout
     assert len(token) == 128  # one of each job
     for path in place.rglob("*"):

@@ -388,6 +388,12 @@ def test_a_failed_link_ends_the_chain(slurm: Machines, place: Path) -> None:
     assert "…" not in told  # at 80 columns
     told = slurm.run("xtal", "watch", place / "run", "--once").stdout
     assert f"waiting for {place}/run/train: no file yet" in told
+    # As a lost node leaves it.
+    seen = {"job": jobs[0], "node": "node1", "port": 9, "token": "/tmp/gone"}
+    (place / "run" / "dataset.jobs" / f"dashboard-{jobs[0]}.json").write_text(json.dumps(seen))
+    done = slurm.run("xtal", "dashboard", place / "run", check=False)
+    assert done.returncode == 2
+    assert "has a Ray now" in done.stderr
 
 
 def test_a_job_that_no_node_could_begin_has_no_log(slurm: Machines, place: Path) -> None:
