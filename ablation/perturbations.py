@@ -12,7 +12,7 @@ from typing import get_args
 
 import numpy as np
 
-from ablation import before, extent, intensities, positions, symmetry
+from ablation import before, extent, intensities, noise, positions, symmetry
 from ablation.arm import Arm, Law, arm
 from ablation.draws import Draws
 from cluster.errors import UserError
@@ -31,7 +31,7 @@ def none(data: CloudSet, strength: float, draws: Draws) -> CloudSet:
 
 ARMS: dict[str, Arm] = {"none": none} | {
     value.name: value
-    for module in (intensities, symmetry, positions, extent, before)
+    for module in (intensities, noise, symmetry, positions, extent, before)
     for value in vars(module).values()
     if isinstance(value, Arm)
 }
