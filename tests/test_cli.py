@@ -25,6 +25,7 @@ from tiny import ROOT, broken, contents, document, write_lines
 import xtal
 from ablation.grid import GridConfig
 from ablation.record import Record
+from cluster import terminal
 from cluster.config import names
 from cluster.errors import UserError
 from featurization import featurize as driver
@@ -345,6 +346,23 @@ def test_a_terminal_without_our_letters_shows_the_others(dataset, terminal):
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"| 140 " in done.stdout
+
+
+@pytest.mark.parametrize("every", [-1.0, 30.0])
+def test_a_log_has_the_end_of_work_once(every, monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "_LINE_EVERY", every)
+    with terminal.bar("crystals", None) as update:
+        update(1, total=2)
+        update(2)
+    said = capsys.readouterr().err.splitlines()
+    told = [line.partition(" in ")[0] for line in said]
+    assert told == ["crystals: 1 of 2", "crystals: 2 of 2"][every > 0 :]
+
+
+def test_a_wrong_question_is_told_all_that_may_be_asked(dataset, call):
+    code, _, said = call("train", dataset, "nowhere", "--task", "al")
+    assert code == 2
+    assert {*TASKS, "all"} <= set(re.findall(r"\w+", said))
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -800,6 +818,7 @@ def test_bash_completes_verbs_and_options(tmp_path):
         # Of a submission also what goes to the verb.
         "try xtal submit train d r --site s --ep\ntry xtal submit train d r --task sh\n"
         "try xtal submit all d r --task log_s\ntry xtal submit all d r --ta\n"
+        "try xtal submit ablate qu\ntry xtal submit all d r --grid pa\n"
     )
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -810,4 +829,5 @@ def test_bash_completes_verbs_and_options(tmp_path):
         check=True,
     )
     expected = "train status --task quick quick --epochs shear_modulus log_shear_modulus --task"
+    expected += " quick paper"
     assert done.stdout.split() == expected.split()
