@@ -47,8 +47,10 @@ def strength_of(name: str, strength: float | None) -> float:
     """The strength that an arm is applied with: nan where it has none, None its default.
 
     Raises:
-        UserError: a strength for an arm without, or one that is not allowed.
+        UserError: no such arm, a strength for one without, or one that is not allowed.
     """
+    if name not in ARMS:
+        raise UserError(f"unknown arm {name}", remedy=f"arms are {', '.join(ARMS)}")
     known = ARMS[name].strength
     if known is None:
         if strength is not None and not math.isnan(strength):
@@ -95,8 +97,8 @@ def perturbed(
     data: CloudSet, name: str, strength: float | None, seed: int
 ) -> tuple[CloudSet, bool]:
     """The clouds that `perturb` gives, and whether any random number was drawn for them."""
-    draws = Draws(name, seed, data)
-    found = ARMS[name].apply(data, strength_of(name, strength), draws)
+    dose, draws = strength_of(name, strength), Draws(name, seed, data)
+    found = ARMS[name].apply(data, dose, draws)
     assert np.array_equal(found.ids, data.ids), f"arm {name} has changed which crystals there are"
     return found, draws.drawn > 0
 

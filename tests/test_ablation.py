@@ -645,7 +645,7 @@ def test_a_folder_belongs_to_one_grid(dataset, tmp_path, monkeypatch):
     (tmp_path / "grid.json").rename(out / "grid.json")
     monkeypatch.setattr("ablation.run.ray_for", None)  # from here on, a trial would fail
     record = (out / RECORD).read_bytes()
-    assert run_grid(grid, out) == {"done": 2, "failed": 0, "skipped": 2}
+    assert run_grid(grid, str(out)) == {"done": 2, "failed": 0, "skipped": 2}
 
     def with_training(**changes):
         return grid.model_copy(update={"training": tiny(epochs=1, **changes)})

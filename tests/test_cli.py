@@ -23,15 +23,19 @@ from test_ablation import finished_by_hand, grid_file
 from tiny import ROOT, broken, contents, document, write_lines
 
 import xtal
-from ablation.grid import GridConfig
+from ablation.grid import GridConfig, read_grid
 from ablation.record import Record
+from ablation.report import write_report
 from cluster import terminal
 from cluster.config import names
 from cluster.errors import UserError
+from cluster.mpi import OneProcess
 from featurization import featurize as driver
 from featurization import forecast, worker
 from featurization.config import CellName, FeaturizationConfig, RadiationName
+from featurization.featurize import featurize
 from featurization.index import build_index
+from featurization.inspection import read_diffraction
 from featurization.manifest import read_manifest
 from featurization.published import JARVIS, MATBENCH
 from featurization.sources import open_source
@@ -363,6 +367,16 @@ def test_a_wrong_question_is_told_all_that_may_be_asked(dataset, call):
     code, _, said = call("train", dataset, "nowhere", "--task", "al")
     assert code == 2
     assert {*TASKS, "all"} <= set(re.findall(r"\w+", said))
+
+
+def test_the_same_in_python_with_folders_as_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    featurize("prototypes:70", "data", FeaturizationConfig(selection="miller:1"), OneProcess())
+    assert read_diffraction("data", load("data").ids[0]).formula
+    training_run.train("data", "run", TrainingConfig(task="crystal_system", model="majority"))
+    assert write_report("run", dataset="data") == Path("run/report.html")
+    Path("grid.toml").write_text('dataset = "data"\narms = ["none"]\n')
+    assert read_grid("grid.toml").dataset == str(tmp_path / "data")
 
 
 # --- results -------------------------------------------------------------------------------------
