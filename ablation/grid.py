@@ -235,6 +235,9 @@ def read_grid(path: str | Path, **overrides: Any) -> GridConfig:
     shipped = GRIDS / f"{path.name}.toml"
     if not path.exists() and path.parent == Path() and shipped.exists():
         path = shipped
+    elif not path.exists():
+        names = ", ".join(sorted(each.stem for each in GRIDS.glob("*.toml")))
+        raise UserError(f"{path}: no such file", remedy=f"give a TOML file, or one of {names}")
     values = read_toml(path)
     training = values.pop("training", {})
     if not isinstance(training, dict):
