@@ -106,7 +106,7 @@ def _sentences(folder: Path, training: TrainingConfig) -> tuple[str, ...]:
         f"Asked here: {task.question}",
         f"AUROC on unseen test groups: {_with_interval(none, 'value')} "
         f"({len(_SEEDS)} seeds; 0.5 is guessing, 1 is perfect).",
-        "Its change when the pattern is perturbed and the network trained again:",
+        "Its change when the pattern is perturbed and the model trained again:",
     ]
     for row in (r for r in effects if r["metric"] == "auroc"):
         lines.append(

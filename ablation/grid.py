@@ -222,7 +222,7 @@ class GridConfig(Config):
         )
 
 
-def read_grid(path: Path, **overrides: Any) -> GridConfig:
+def read_grid(path: str | Path, **overrides: Any) -> GridConfig:
     """Parse and validate a grid file; `overrides` that are not None replace its keys.
 
     Args:
@@ -231,9 +231,13 @@ def read_grid(path: Path, **overrides: Any) -> GridConfig:
     Raises:
         UserError: naming each wrong key or value, or that no dataset is given.
     """
+    path = Path(path)
     shipped = GRIDS / f"{path.name}.toml"
     if not path.exists() and path.parent == Path() and shipped.exists():
         path = shipped
+    elif not path.exists():
+        names = ", ".join(sorted(each.stem for each in GRIDS.glob("*.toml")))
+        raise UserError(f"{path}: no such file", remedy=f"give a TOML file, or one of {names}")
     values = read_toml(path)
     training = values.pop("training", {})
     if not isinstance(training, dict):

@@ -22,7 +22,6 @@ from ablation.points import (
     shell_length_P,
     shells_P,
     shuffled,
-    sum_of,
     weaker_part,
     with_intensity,
 )
@@ -186,56 +185,6 @@ def intensity_quantized(data: CloudSet, strength: float, draws: Draws) -> CloudS
     return with_intensity(data, intensity)
 
 
-@arm(
-    "intensities",
-    keeps={"lengths", "friedel", "absences", "density"},
-    strength=Strength("σ", "", identity=0, default=0.5, ladder=(0.1, 0.2, 0.5, 1, 2), high=10),
-)
-def intensity_noise(data: CloudSet, strength: float, draws: Draws) -> CloudSet:
-    """Log-normal noise: I exp(σ g − σ²/2) with g normal, of mean I, the same for both mates.
-
-    Destroys: a growing part of what intensities tell; Laue symmetry at any σ > 0.
-    Keeps: the lattice, absences, the expected intensities, I(0).
-    Limit: at σ = 0 nothing changes.
-    """
-    noise = torch.exp(strength * draws.normal_P(1)[:, 0] - 0.5 * strength**2)
-    kept = torch.where(origin_P(data), 1.0, noise)
-    return with_intensity(data, data.intensity_P * kept)
-
-
-@arm(
-    "intensities",
-    keeps={"lengths", "friedel", "density"},
-    strength=Strength(
-        "photons",
-        "",
-        identity=math.inf,
-        default=1000,
-        ladder=(1000000, 100000, 10000, 1000, 100),
-        low=1,
-        whole=True,
-    ),
-)
-def intensity_counts(data: CloudSet, strength: float, draws: Draws) -> CloudSet:
-    """Poisson counts of an exposure with N `photons` a crystal, scaled back; mates are merged.
-
-    The photons fall on all points but the origin, which a beam stop covers.
-
-    Destroys: weak reflections, which get no photon, and Laue symmetry by counting noise.
-    Keeps: the lattice, the expected intensities, I(0); points that were absent stay absent.
-    Limit: infinitely many photons leave all as it is.
-    """
-    if math.isinf(strength):
-        return data
-    movable = ~origin_P(data) & (data.intensity_P > 0)
-    pair = (data.intensity_P.double() * data.multiplicity_P)[movable]
-    photon = sum_of(pair, data.crystal_P[movable]) / strength
-    counts = poisson(draws.uniform_P(1)[movable, 0], pair / photon)
-    intensity = data.intensity_P.double()
-    intensity[movable] = counts * photon / data.multiplicity_P[movable]
-    return with_intensity(data, intensity)
-
-
 @arm("intensities", keeps={"lengths", "friedel", "laue", "absences", "density"})
 def intensity_wilson(data: CloudSet, strength: float, draws: Draws) -> CloudSet:
     """Intensities of a random structure: exponential about the mean of their shell of |q|.
@@ -271,24 +220,6 @@ def debye_waller(data: CloudSet, strength: float, draws: Draws) -> CloudSet:
     """
     squared = data.q_P3.double().square().sum(1)
     return with_intensity(data, data.intensity_P * torch.exp(-0.5 * strength * squared))
-
-
-def poisson(uniform: Tensor, mean: Tensor) -> Tensor:
-    """Quantiles of Poisson's distribution: the least k with P(X ≤ k) ≥ uniform, both float64.
-
-    From the expansion of Cornish and Fisher, step by step to where the exact distribution says.
-    """
-    z = torch.special.ndtri(uniform)
-    k = torch.floor(mean + mean.sqrt() * z + (z * z - 1.0) / 6.0).clamp(min=0.0)
-    todo = torch.nonzero(mean > 0).squeeze(1)
-    k[mean <= 0] = 0.0
-    while len(todo):
-        here, u, m = k[todo], uniform[todo], mean[todo]
-        up = torch.special.gammaincc(here + 1.0, m) < u
-        down = (here > 0) & (torch.special.gammaincc(here.clamp(min=1.0), m) >= u)
-        k[todo] = here + up.double() - down.double()
-        todo = todo[up | down]
-    return k
 
 
 def _shuffled_among(data: CloudSet, group_P: Tensor, draws: Draws) -> CloudSet:

@@ -12,7 +12,7 @@ from typing import get_args
 
 import numpy as np
 
-from ablation import before, extent, intensities, positions, symmetry
+from ablation import before, extent, intensities, noise, positions, symmetry
 from ablation.arm import Arm, Law, arm
 from ablation.draws import Draws
 from cluster.errors import UserError
@@ -31,7 +31,7 @@ def none(data: CloudSet, strength: float, draws: Draws) -> CloudSet:
 
 ARMS: dict[str, Arm] = {"none": none} | {
     value.name: value
-    for module in (intensities, symmetry, positions, extent, before)
+    for module in (intensities, noise, symmetry, positions, extent, before)
     for value in vars(module).values()
     if isinstance(value, Arm)
 }
@@ -47,8 +47,10 @@ def strength_of(name: str, strength: float | None) -> float:
     """The strength that an arm is applied with: nan where it has none, None its default.
 
     Raises:
-        UserError: a strength for an arm without, or one that is not allowed.
+        UserError: no such arm, a strength for one without, or one that is not allowed.
     """
+    if name not in ARMS:
+        raise UserError(f"unknown arm {name}", remedy=f"arms are {', '.join(ARMS)}")
     known = ARMS[name].strength
     if known is None:
         if strength is not None and not math.isnan(strength):
@@ -95,8 +97,8 @@ def perturbed(
     data: CloudSet, name: str, strength: float | None, seed: int
 ) -> tuple[CloudSet, bool]:
     """The clouds that `perturb` gives, and whether any random number was drawn for them."""
-    draws = Draws(name, seed, data)
-    found = ARMS[name].apply(data, strength_of(name, strength), draws)
+    dose, draws = strength_of(name, strength), Draws(name, seed, data)
+    found = ARMS[name].apply(data, dose, draws)
     assert np.array_equal(found.ids, data.ids), f"arm {name} has changed which crystals there are"
     return found, draws.drawn > 0
 

@@ -33,7 +33,7 @@ _FEW = 5
 """Crystals of a space group below which the page leaves it to the table."""
 
 
-def write_report(folder: Path, *, dataset: Path | None = None) -> Path:
+def write_report(folder: str | Path, *, dataset: str | Path | None = None) -> Path:
     """Write `folder/report.html`, `folder/tables/` and `folder/figures/`.
 
     Args:
@@ -47,7 +47,8 @@ def write_report(folder: Path, *, dataset: Path | None = None) -> Path:
     Raises:
         UserError: the folder is of neither kind, or a file of it is missing or broken.
     """
-    report = read_report(folder, dataset)
+    folder = Path(folder)
+    report = read_report(folder, None if dataset is None else Path(dataset))
     clouds = read_clouds(report.studies[0], report.place)
     for name, table in page_tables(report).items():
         write_table(folder, name, table)

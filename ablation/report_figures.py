@@ -56,7 +56,7 @@ def _of_study(report: Report, study: Study, title: str) -> dict[str, Drawing]:
     if any(row["symmetry_lost"] is not None for row in parts):
         found["losses"] = draw(
             partial(figures_effects.losses_figure, parts),
-            "Crystals that the network loses, by crystal system (number of test crystals).",
+            "Crystals that the model loses, by crystal system (number of test crystals).",
         )
     if figures_curves.roc_conditions(study):
         found["roc"] = draw(

@@ -207,10 +207,10 @@ def _performance(study: Study) -> str:
     result = f"{title} {interval(found)} on {held}"
     verb, rest = task.split(" ", 1)
     if chance is None or found.low > chance:
-        return f"From its diffraction cloud alone, the network {verb}s {rest} with {result}."
+        return f"From its diffraction cloud alone, the model {verb}s {rest} with {result}."
     at = f"chance is {number(chance, digits=2)}"
     if found.high < chance:
-        task = f"the network {verb}s {rest} worse than chance"
+        task = f"the model {verb}s {rest} worse than chance"
     else:
         task = f"no ability to {task} was resolved"
     return f"From diffraction clouds, {task}: {result}; {at}."

@@ -45,7 +45,7 @@ _LOOK = 2.0  # s between looks at how far trainings are
 
 def run_grid(
     grid: GridConfig,
-    out: Path,
+    out: str | Path,
     progress: Callable[[Standing], None] = lambda at: None,
     *,
     part: Part | None = None,
@@ -71,7 +71,7 @@ def run_grid(
         DiskFailed: in a worker; no trial is blamed for it.
         Stopped: by a signal; all that is done is recorded.
     """
-    out = out.resolve()
+    out = Path(out).resolve()
     manifest = read_manifest(Path(grid.dataset))
     planned = plan(grid, manifest["content_hash"])
     layout.refuse_strangers(out)

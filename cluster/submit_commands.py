@@ -25,7 +25,7 @@ from cluster.submit_asked import (
     SiteFile,
     Time,
 )
-from cluster.submit_verbs import SubmitsChain, SubmitsVerb, check_words, workers
+from cluster.submit_verbs import SubmitsChain, SubmitsVerb, check_words, grids, workers
 from cluster.terminal import AsJson, OptionsFile, out, show_json
 
 submitting = typer.Typer(
@@ -78,7 +78,9 @@ def submit_train(
 @submitting.command("ablate", cls=SubmitsVerb, context_settings=_PASS_ON)
 def submit_ablate(
     context: typer.Context,
-    grid: Annotated[Path, typer.Argument(metavar="GRID", help="As for xtal ablate.")],
+    grid: Annotated[
+        Path, typer.Argument(metavar="GRID", help="As for xtal ablate.", autocompletion=grids)
+    ],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
     site: SiteFile,
     nodes: Nodes = 1,
@@ -116,7 +118,8 @@ def submit_all(
     probe: Probe = False,
     task: Annotated[str, typer.Option(help="As of xtal train.")] = "bulk_modulus",
     grid: Annotated[
-        Path | None, typer.Option(help="As for xtal ablate; default: six arms.")
+        Path | None,
+        typer.Option(help="As for xtal ablate; default: six arms.", autocompletion=grids),
     ] = None,
     features: Annotated[Path | None, typer.Option(help="Configuration of featurize.")] = None,
     training: Annotated[Path | None, typer.Option(help="Configuration of train.")] = None,

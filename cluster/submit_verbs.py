@@ -69,6 +69,12 @@ class SubmitsChain(_Submits):
         return [mine if each is asked else each for each in own]
 
 
+def grids(context: typer.Context, incomplete: str) -> list[str]:
+    """What `xtal ablate` offers for its grid."""
+    grid = verb_of(context, "ablate").params[0]
+    return [each.value for each in grid.shell_complete(context, incomplete)]
+
+
 def workers(words: Sequence[str]) -> list[str]:
     """Words that make a training use the whole job, unless `words` say how many workers it has."""
     said = any(word.partition("=")[0] == "--workers" for word in words)

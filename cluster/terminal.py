@@ -127,21 +127,23 @@ def bar(title: str, total: float | None, *, shown: bool = True) -> Iterator[Any]
     if shown and not err.is_terminal:
         began = said = time.monotonic()
         at: float | None = None
+        told: float | None = None
 
         def line(done: float, **more: Any) -> None:
             nonlocal said, at, total
             at, total = done, more.get("total", total)
             if time.monotonic() > said + _LINE_EVERY:
-                said = time.monotonic()
                 say()
 
         def say() -> None:
+            nonlocal said, told
+            said, told = time.monotonic(), at
             of = "" if total is None else f" of {total:,g}"
             took = f"{(time.monotonic() - began) / 60:,.1f} min"
             err.print(f"{title}: {at:,.4g}{of} in {took}", soft_wrap=True)
 
         yield line
-        if at is not None:  # there was something to do
+        if at != told:  # there was something to do, and its end is not said yet
             say()
         return
     columns = (

@@ -25,8 +25,8 @@ from featurization.worker import WIDTH, Progress, Worker
 
 
 def featurize(
-    spec: str,
-    out: Path,
+    spec: str | Path,
+    out: str | Path,
     config: FeaturizationConfig,
     ranks: Ranks,
     progress: Callable[[Progress], None] = lambda at: None,
@@ -49,9 +49,10 @@ def featurize(
         Stopped: a signal came; the same command goes on.
         RunFailed: a full disk, or a source that changed; the same command goes on if it can.
     """
+    folder = Path(out)
     with ExitStack() as held:
-        on_rank_0(ranks, lambda: hold(out, held))
-        return featurize_held(spec, out, config, ranks, progress, append=append)
+        on_rank_0(ranks, lambda: hold(folder, held))
+        return featurize_held(str(spec), folder, config, ranks, progress, append=append)
 
 
 def featurize_held(

@@ -69,12 +69,13 @@ def inspect_dataset(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_diffraction(folder: Path, id: str) -> Diffraction:
+def read_diffraction(folder: str | Path, id: str) -> Diffraction:
     """One crystal of a finished dataset.
 
     Raises:
         UserError: no dataset, a damaged one, or no crystal of this id; names the nearest ids.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     where = f"config in {folder / 'manifest.json'}"
     config = build_config(FeaturizationConfig, manifest["config"], where=where)

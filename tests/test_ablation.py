@@ -118,7 +118,7 @@ def test_wrong_grids_are_refused_by_name(tmp_path, changes, names):
 
 
 def test_a_grid_that_is_absent_or_not_toml_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"no such file\n.* full, paper, quick"):
         read_grid(tmp_path / "grid.toml")
     (tmp_path / "grid.toml").write_text("seeds = [")
     with pytest.raises(UserError, match="is not TOML"):
@@ -645,7 +645,7 @@ def test_a_folder_belongs_to_one_grid(dataset, tmp_path, monkeypatch):
     (tmp_path / "grid.json").rename(out / "grid.json")
     monkeypatch.setattr("ablation.run.ray_for", None)  # from here on, a trial would fail
     record = (out / RECORD).read_bytes()
-    assert run_grid(grid, out) == {"done": 2, "failed": 0, "skipped": 2}
+    assert run_grid(grid, str(out)) == {"done": 2, "failed": 0, "skipped": 2}
 
     def with_training(**changes):
         return grid.model_copy(update={"training": tiny(epochs=1, **changes)})

@@ -255,6 +255,7 @@ def test_strengths_that_make_no_sense_are_refused() -> None:
     for name, value in (
         ("jitter", -0.1), ("jitter", math.nan), ("dropout", 1.5), ("miller_cut", 1.5),
         ("miller_cut", -2), ("intensity_quantized", 0), ("none", 1.0), ("strongest", -1),
+        ("jiter", 0.1),
     ):  # fmt: skip
         with pytest.raises(UserError, match=name) as caught:
             perturb(random_set(0, [3]), name, value, 0)

@@ -13,7 +13,7 @@ import torch
 from small import random_set, tiny
 from test_arms import KEPT, SPHERE, prototypes, pyrite
 
-from ablation.intensities import poisson
+from ablation.noise import poisson
 from ablation.perturbations import ARMS, featurization_of, perturb
 from ablation.points import equivalents_P, shells_P, sum_of
 from ablation.symmetry import reduction, rotations

@@ -23,14 +23,19 @@ from test_ablation import finished_by_hand, grid_file
 from tiny import ROOT, broken, contents, document, write_lines
 
 import xtal
-from ablation.grid import GridConfig
+from ablation.grid import GridConfig, read_grid
 from ablation.record import Record
+from ablation.report import write_report
+from cluster import terminal
 from cluster.config import names
 from cluster.errors import UserError
+from cluster.mpi import OneProcess
 from featurization import featurize as driver
 from featurization import forecast, worker
 from featurization.config import CellName, FeaturizationConfig, RadiationName
+from featurization.featurize import featurize
 from featurization.index import build_index
+from featurization.inspection import read_diffraction
 from featurization.manifest import read_manifest
 from featurization.published import JARVIS, MATBENCH
 from featurization.sources import open_source
@@ -345,6 +350,33 @@ def test_a_terminal_without_our_letters_shows_the_others(dataset, terminal):
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"| 140 " in done.stdout
+
+
+@pytest.mark.parametrize("every", [-1.0, 30.0])
+def test_a_log_has_the_end_of_work_once(every, monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "_LINE_EVERY", every)
+    with terminal.bar("crystals", None) as update:
+        update(1, total=2)
+        update(2)
+    said = capsys.readouterr().err.splitlines()
+    told = [line.partition(" in ")[0] for line in said]
+    assert told == ["crystals: 1 of 2", "crystals: 2 of 2"][every > 0 :]
+
+
+def test_a_wrong_question_is_told_all_that_may_be_asked(dataset, call):
+    code, _, said = call("train", dataset, "nowhere", "--task", "al")
+    assert code == 2
+    assert {*TASKS, "all"} <= set(re.findall(r"\w+", said))
+
+
+def test_the_same_in_python_with_folders_as_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    featurize("prototypes:70", "data", FeaturizationConfig(selection="miller:1"), OneProcess())
+    assert read_diffraction("data", load("data").ids[0]).formula
+    training_run.train("data", "run", TrainingConfig(task="crystal_system", model="majority"))
+    assert write_report("run", dataset="data") == Path("run/report.html")
+    Path("grid.toml").write_text('dataset = "data"\narms = ["none"]\n')
+    assert read_grid("grid.toml").dataset == str(tmp_path / "data")
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -801,6 +833,7 @@ def test_bash_completes_verbs_and_options(tmp_path):
         # Of a submission also what goes to the verb.
         "try xtal submit train d r --site s --ep\ntry xtal submit train d r --task sh\n"
         "try xtal submit all d r --task log_s\ntry xtal submit all d r --ta\n"
+        "try xtal submit ablate qu\ntry xtal submit all d r --grid pa\n"
     )
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -811,4 +844,5 @@ def test_bash_completes_verbs_and_options(tmp_path):
         check=True,
     )
     expected = "train status --task quick quick --epochs shear_modulus log_shear_modulus --task"
+    expected += " quick paper"
     assert done.stdout.split() == expected.split()

@@ -150,8 +150,10 @@ def test_changes_that_are_worked_examples_leave_the_rest_true(
     reader: Reader, tmp_path: Path
 ) -> None:
     reader.read(CHANGES_THE_PROJECT)
-    tests = [f"tests/test_{name}.py" for name in ("install", "arms", "cli", "ablation", "dataset")]
+    names = ("architecture", "install", "arms", "cli", "ablation", "dataset")
+    tests = [f"tests/test_{name}.py" for name in names]
     which = "page_of_the_house or table_of_arms or every_name or grids_that_come or positive_class"
+    which += " or test_rules"
     reader.bash(f"pytest -q -p no:cacheprovider {' '.join(tests)} -k '{which}'", reader.copied())
     (tmp_path / "others.py").write_text(OTHERS, encoding="utf-8")
     reader.bash(f"python {tmp_path}/others.py {tmp_path}", reader.copied())

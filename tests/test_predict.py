@@ -351,6 +351,8 @@ def test_dicts_and_what_stands_alone(trained, tmp_path):
         assert probabilities(alone) == pytest.approx(probabilities(row), abs=1e-5)
     [alone] = predictor(str(tmp_path / "salt.json"))
     assert probabilities(alone) == pytest.approx(probabilities(rows[0]), abs=1e-5)
+    [(name, _)] = features.of_structures(str(tmp_path / "salt.json"), predictor.featurization)
+    assert name == "salt-0"
     [row] = predictor({"lattice": {}, "sites": []})
     assert row["prediction"] is None
     assert "malformed structure dict" in row["reason"]

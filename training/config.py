@@ -38,7 +38,7 @@ class TrainingConfig(Config):
     """Settings of dataset → trained model."""
 
     task: TaskName = "bulk_modulus"
-    """The question."""
+    """The question; --task all asks each whose labels the dataset has."""
     also: tuple[TaskName, ...] = ()
     """More questions that a network answers at the same time, each where its label is known."""
     threshold: float | None = None

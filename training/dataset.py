@@ -173,7 +173,7 @@ def open_clouds(folder: Path, radiation: RadiationName | None = None, sharers: i
     return mapped if sharers * size > memory.available() // 2 else _read(folder, mapped)
 
 
-def load(folder: Path, radiation: RadiationName | None = None) -> CloudSet:
+def load(folder: str | Path, radiation: RadiationName | None = None) -> CloudSet:
     """All clouds of a finished dataset in memory, in order of id.
 
     Args:
@@ -182,6 +182,7 @@ def load(folder: Path, radiation: RadiationName | None = None) -> CloudSet:
     Raises:
         UserError: no manifest, a damaged shard, or no such radiation in the dataset.
     """
+    folder = Path(folder)
     return _read(folder, map_clouds(folder, radiation))
 
 

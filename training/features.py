@@ -46,9 +46,12 @@ _Block = list[tuple[str, Record]]  # each with its source
 def of_structures(structures: Iterable[Any], config: FeaturizationConfig) -> Iterator[Item]:
     """Crystals at hand: pymatgen `Structure`s, their dicts, `Crystal`s, or paths of sources.
 
-    They are featurized in this process. What has no id gets its number as one.
+    They are featurized in this process. What has no id gets its number as one. One alone is taken
+    for a list of itself.
     """
-    for number, given in enumerate(structures):
+    # A path, a dict and a `Structure` are iterable, too: letters, keys, sites.
+    alone = isinstance(structures, str | Path | Mapping) or hasattr(structures, "lattice")
+    for number, given in enumerate([structures] if alone else structures):
         if not isinstance(given, str | Path):
             id = given.id if isinstance(given, Crystal) else f"structure-{number}"
             yield _item(_Given(), Record(number, id, given), config)

@@ -29,7 +29,7 @@ import hashlib
 import json
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -109,9 +109,7 @@ class Predictor:
             structures: pymatgen `Structure`s, their dicts, documents, `Crystal`s, and paths of
                 files or folders of crystals, in any mixture; or one of these alone.
         """
-        # A path, a dict and a `Structure` are iterable, too: letters, keys, sites.
-        alone = isinstance(structures, str | Path | Mapping) or hasattr(structures, "lattice")
-        items = of_structures([structures] if alone else structures, self.featurization)
+        items = of_structures(structures, self.featurization)
         return [row for table in self.tables(items) for row in table.to_pylist()]
 
     def tables(self, items: Iterable[Item]) -> Iterator[pa.Table]:

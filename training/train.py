@@ -26,8 +26,8 @@ from training.tensorboard import log_epochs
 
 
 def train(
-    dataset: Path,
-    run: Path,
+    dataset: str | Path,
+    run: str | Path,
     config: TrainingConfig,
     *,
     resume: bool = False,
@@ -44,6 +44,7 @@ def train(
             work in it, or `config.init` saw what is held out here.
         Stopped: by SIGTERM or SIGUSR1, before the first step or between steps, which are saved.
     """
+    dataset, run = Path(dataset), Path(run)
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file", remedy="give the path of a new folder")
     with exclusive(run):
