@@ -35,13 +35,18 @@ def epochs_of(run: Path) -> list[dict[str, float]]:
 def same_course(run: Path, other: Path) -> bool:
     """Whether two trainings differ by no more than rounding, epoch by epoch.
 
-    A count of right answers tells of rounding itself where a crystal is between two classes.
+    Rounding grows: one worker and two are 1e-5 apart in the first epochs and up to 2 % after 40.
+    A count of right answers tells of it sooner, where a crystal is between two classes.
     """
+    ours, theirs = epochs_of(run), epochs_of(other)
+    rates = [[row["learning_rate"] for row in each] for each in (ours, theirs)]
+    if rates[0] != rates[1]:
+        return False
     losses = [
-        [row[name] for row in epochs_of(each) for name in row if "loss" in name]
-        for each in (run, other)
+        [[row[name] for name in row if "loss" in name] for row in each] for each in (ours, theirs)
     ]
-    return len(losses[0]) == len(losses[1]) and np.allclose(*losses, rtol=2e-2, atol=1e-3)
+    first = [each[:3] for each in losses]
+    return np.allclose(*first, rtol=1e-2) and np.allclose(*losses, rtol=6e-2, atol=1e-3)
 
 
 def random_set(seed: int, lengths: list[int], *, origin: bool = True) -> CloudSet:

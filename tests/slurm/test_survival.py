@@ -309,7 +309,7 @@ def test_what_slurm_would_expand_in_a_name_is_refused_for_arrays(
     slurm: Machines, place: Path, small: Path
 ) -> None:
     for name in ("50%a", "a\nb", "it's"):
-        words = ["xtal", "submit", "train", small, place / name, "--array", "2"]
+        words = ["xtal", "submit", "train", small, place / name, "--array", "2", *TRAINING]
         done = slurm.run(*words, "--site", slurm.shared / "site.toml", check=False)
         assert done.returncode == 2
         assert "an array cannot work below a folder" in done.stderr
