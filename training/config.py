@@ -21,7 +21,7 @@ BLEND: tuple[ModelName, ...] = ("boosted", "harmonic")
 
 # Version of what models see of clouds. Raise it whenever the same cloud is described by other
 # numbers: `invariants`, `coefficients`, the baselines' columns, what a network's `prepare` gives.
-FEATURES = 2
+FEATURES = 3
 
 # Settings that do not decide the trained model: how the work is shared, how often it is saved.
 NOT_DECIDING = {

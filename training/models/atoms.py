@@ -1,7 +1,8 @@
 """What trees see of a solved structure: its elements, its distances, its bonds.
 
 The atoms are found from the points of the cloud alone (`solving`); what is known of their elements,
-by atomic number, is that of `baselines.formula_columns`. Without a solution all is NaN.
+by atomic number, is that of `baselines.formula_columns`. One column says how well they explain the
+points. Without a solution all is NaN.
 
 Shape legend, besides those of `training.dataset` and `training.models.refining`: B pairs of
 neighbours, K properties of an element.
@@ -17,11 +18,12 @@ import gemmi
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from training.dataset import CloudSet
 from training.models import baselines, descriptors, wilson
 from training.models.indexing import lattices
-from training.models.refining import Q_MAX, Atoms, Reflections
+from training.models.refining import LIKELY, Q_MAX, SOLVED, Atoms, Reflections
 from training.models.solving import MOST_POINTS, own_edges, solved
 from training.models.steady import steady
 from training.models.wilson import FloatArray
@@ -38,6 +40,7 @@ _BINS, _KNOTS, _SOFT = 240, 25, 0.6  # of the radial profile, of Σf², 1/Å as 
 _TINY = 1e-9
 _DIGITS = 5  # decimals: what is nothing but rounding is 0
 _LEAST_STORED = 0.5  # of the nodes within Q_MAX; of 3,000 whole spheres none holds less than 0.6
+_STEP = 2.0**-13  # Å, more than rounding changes edges in, less than the amplitudes tell
 _SHARE = 128  # crystals that are worth a process
 _FIRST_SIGN = np.array([1 << 20, 1 << 10, 1])  # of ±q that is taken whose first index is positive
 
@@ -61,7 +64,8 @@ def structures(data: CloudSet) -> list[Atoms | None]:
     solver = _Solver(data, lattices(data), lengths_Q, np.log(np.maximum(own_NQ, _TINY)))
     processes = min(torch.get_num_threads(), len(data) // _SHARE)
     if processes < 2:
-        return [*map(solver, range(len(data)))]
+        with _one_thread():
+            return [*map(solver, range(len(data)))]
     forked = get_context("fork")  # what the processes share is not sent to them
     with ProcessPoolExecutor(processes, forked, _begin, (solver,)) as pool:
         return [*pool.map(_solve, range(len(data)), chunksize=_SHARE // 8)]
@@ -96,9 +100,15 @@ class _Solver:
         order = np.lexsort(hkl_P3.T)
         # The same edges and angles, whatever the orientation.
         turned = np.asarray(np.linalg.cholesky(edges @ edges.T), dtype=np.float64)
+        turned = np.round(turned / _STEP) * _STEP
         reflections = Reflections(turned, hkl_P3[order], np.sqrt(intensity_P[order]))
         log_P = np.interp(reflections.length_P, self.lengths_Q, self.log_NQ[row])
         return solved(reflections, np.exp(log_P + 0.5 * (reflections.length_P / _SOFT) ** 2))
+
+
+def _one_thread() -> threadpool_limits:
+    """Matrices of one crystal are so small that threads take ten times as long."""
+    return threadpool_limits(1, "blas")
 
 
 _solver: _Solver | None = None  # of a forked process
@@ -107,6 +117,7 @@ _solver: _Solver | None = None  # of a forked process
 def _begin(solver: _Solver) -> None:
     global _solver
     _solver = solver
+    _one_thread()
 
 
 def _solve(row: int) -> Atoms | None:
@@ -122,14 +133,17 @@ def contents(found: list[Atoms | None]) -> NDArray[np.float32]:
     - Differences of elements' properties between neighbours (Ward et al., PRB 96, 024104 (2017)),
       sums over bonds that go with hardness (Šimůnek and Vackář, PRL 96, 085501 (2006)).
     - `baselines.formula_columns` of the formula found.
+    - R of the fit, from `refining.SOLVED`, below which all are right, to `refining.LIKELY`.
     """
     known = np.array([number for number, atoms in enumerate(found) if atoms is not None], dtype=int)
     shown = [atoms for atoms in found if atoms is not None]
     rows = np.array([_columns(atoms) for atoms in [*shown, _one_atom()]])[: len(shown)]
     formulas = np.array([*map(_formula, shown), "H"])
     chemistry = baselines.table(baselines.formula_columns(formulas))[: len(shown)]
-    answer = np.full((len(found), rows.shape[1] + chemistry.shape[1]), np.nan, dtype=np.float32)
-    answer[known] = np.concatenate([rows, chemistry], axis=1)
+    misfit = np.array([[atoms.misfit] for atoms in shown]).reshape(-1, 1).clip(SOLVED, LIKELY)
+    told = np.concatenate([rows, chemistry, misfit], axis=1)
+    answer = np.full((len(found), told.shape[1]), np.nan, dtype=np.float32)
+    answer[known] = told
     return answer
 
 

@@ -1,7 +1,8 @@
 """Atoms of a cell, fitted to the intensities: places and electrons, by Gauss and Newton's steps.
 
 A crystal's computed pattern has no noise, so that the right atoms reproduce it to rounding, and
-others hardly ever do: what is returned explains the amplitudes with R < `SOLVED`.
+others hardly ever do: R < `SOLVED` says that they are right. Up to `LIKELY` most of them are, but
+light ones are missing, or elements exchanged that are much alike.
 
 Shape legend, besides that of `training.dataset`: A atoms of a cell, G nodes of half the reciprocal
 lattice within `Q_MAX`, absent reflections among them, K lengths |q| of a table.
@@ -15,15 +16,16 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 
+from training.models import kernel
 from training.models.peaks import peaks_of
 from training.models.wilson import FloatArray
 
 Q_MAX = 1.2  # 1/Å
-SOLVED = 0.0015  # Σ||F_o| − |F_c|| / Σ|F_o|; at 0.01 one in twenty has wrong elements
-_PROMISING = 0.05
+SOLVED = 0.0005  # Σ||F_o| − |F_c|| / Σ|F_o|; at 0.001 half of them have wrong elements
+LIKELY = 0.05  # what fits worse is nothing
 _WINDOW = 0.45  # 1/Å, 1 σ: atoms become blobs that do not ripple into their neighbours
 _HEAVIEST = 97
-_CYCLES, _STEPS = 4, 7  # of adding and dropping atoms; of Gauss and Newton in each
+_CYCLES, _STEPS = 3, 7  # of adding and dropping atoms; of Gauss and Newton in each
 _MERGED, _APART = 0.75, 0.8  # Å
 _ADDED = 6  # atoms a cycle
 _TINY = 1e-9
@@ -41,11 +43,19 @@ def _tabulated() -> FloatArray:
 
 
 _FACTORS = _tabulated()
-_RISES = np.diff(_FACTORS, axis=0, append=2 * _FACTORS[-1:] - _FACTORS[-2:-1])
 # Height in the windowed map by atomic number.
 _HEIGHTS = (
     _FACTORS * (np.exp(-0.5 * (_LENGTHS_K / _WINDOW) ** 2) * 4 * np.pi * _LENGTHS_K**2)
 ).sum(axis=1) * _LENGTHS_K[1]
+
+
+def _form_factors(length_P: FloatArray) -> FloatArray:
+    """(Z, P) f at some |q| up to `Q_MAX`, linear between those of the table: to 3e-5."""
+    place_P = (length_P / _LENGTHS_K[1]).clip(0, len(_LENGTHS_K) - 1)
+    row_P = np.minimum(place_P.astype(int), len(_LENGTHS_K) - 2)
+    least = _FACTORS[:, row_P]
+    factors: FloatArray = least + (place_P - row_P) * (_FACTORS[:, row_P + 1] - least)
+    return factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,7 @@ class Atoms:
     lattice: FloatArray  # rows, Å
     place_A3: FloatArray  # fractional
     number_A: FloatArray  # atomic numbers; whole at the end
+    misfit: float = np.inf  # R, of amplitudes
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,13 @@ class Reflections:
         return density
 
     @cached_property
-    def nodes(self) -> tuple[NDArray[np.int64], NDArray[np.int64], FloatArray]:
-        """(G, 3) indices, (G,) row of |q| in the table, (G,) |F|, 0 where nothing is stored."""
+    def factors_ZP(self) -> FloatArray:
+        """Form factors at the stored points, in electrons."""
+        return _form_factors(self.length_P)
+
+    @cached_property
+    def nodes(self) -> tuple[NDArray[np.int64], FloatArray, FloatArray]:
+        """(G, 3) indices, (Z, G) form factors, (G,) |F|, 0 where nothing is stored."""
         most = np.floor(Q_MAX * np.linalg.norm(self.lattice, axis=1)).astype(int) + 1
         sides = [np.arange(-m, m + 1) for m in most]
         hkl = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 3)
@@ -123,8 +139,7 @@ class Reflections:
         # One of each ±q: the later half of the box, which is in order of the indices.
         half = np.arange(len(hkl)) > len(hkl) // 2
         keep = half & (length <= Q_MAX)
-        row = np.rint(length[keep] / _LENGTHS_K[1]).astype(int).clip(0, len(_LENGTHS_K) - 1)
-        return hkl[keep], row, there.ravel()[keep]
+        return hkl[keep], _form_factors(length[keep]), there.ravel()[keep]
 
 
 def placed(
@@ -158,31 +173,34 @@ def placed(
 
 
 def refined(reflections: Reflections, atoms: Atoms, grid: tuple[int, ...]) -> Atoms | None:
-    """The atoms that explain the amplitudes, from some that nearly do; None where none were found.
+    """The atoms that explain the amplitudes, from some that nearly do; None where R > `LIKELY`.
 
     Args:
         grid: of the maps in which missing atoms are looked for.
     """
+    best: Atoms | None = None
     for cycle in range(_CYCLES):
         if not len(atoms.number_A):
             break
-        misfit, atoms = _fitted(reflections, atoms, _STEPS)
-        if misfit < _PROMISING:
-            misfit, whole = _settled(reflections, atoms)
-            if misfit < SOLVED:
-                return whole
+        atoms = _fitted(reflections, atoms, _STEPS)
+        if atoms.misfit < LIKELY:
+            whole = _settled(reflections, atoms)
+            if whole.misfit < (LIKELY if best is None else best.misfit):
+                best = whole
+            if whole.misfit < SOLVED:
+                break
         if cycle < _CYCLES - 1:
             atoms = _with_missing(reflections, _merged(_heavier(atoms, 0.35)), grid)
-    return None
+    return best
 
 
-def _settled(reflections: Reflections, atoms: Atoms) -> tuple[float, Atoms]:
+def _settled(reflections: Reflections, atoms: Atoms) -> Atoms:
     """Without those that are nothing, with whole numbers of electrons."""
     fewer = _merged(_heavier(atoms, 0.3))
     if not len(fewer.number_A):
-        return np.inf, fewer
+        return fewer
     if len(fewer.number_A) < len(atoms.number_A):
-        _, fewer = _fitted(reflections, fewer, 4)
+        fewer = _fitted(reflections, fewer, 4)
     number_A = np.rint(fewer.number_A).clip(1, _HEAVIEST)
     return _fitted(reflections, Atoms(fewer.lattice, fewer.place_A3, number_A), 3, places_only=True)
 
@@ -215,75 +233,66 @@ def _merged(atoms: Atoms) -> Atoms:
 def _with_missing(reflections: Reflections, atoms: Atoms, grid: tuple[int, ...]) -> Atoms:
     if not len(atoms.number_A):
         return atoms
-    phase = 2 * np.pi * (reflections.hkl_P3 @ atoms.place_A3.T)
-    row = np.rint(reflections.length_P / _LENGTHS_K[1]).astype(int).clip(0, len(_LENGTHS_K) - 1)
-    factor_AP, _ = _form_factors(atoms.number_A, row)
-    computed = (factor_AP.T * np.exp(1j * phase)).sum(axis=1) / reflections.volume
+    real, imaginary, _ = kernel.waves(
+        reflections.hkl_P3, atoms.place_A3, atoms.number_A, reflections.factors_ZP
+    )
+    computed = (real + 1j * imaginary) / reflections.volume
     size = np.maximum(np.abs(computed), _TINY)
-    rest = (reflections.amplitude_P - size) * computed / size
+    rest = np.asarray((reflections.amplitude_P - size) * computed / size, dtype=np.complex128)
     heights, places = peaks_of(reflections.synthesis(rest, (grid[0], grid[1], grid[2])), 30)
     # Where the phases are those of the others, a missing atom shows half of its height.
     return placed(reflections, 2 * heights, places, atoms)
 
 
-def _form_factors(number_A: FloatArray, row: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
-    """f and df/dZ, linear between whole atomic numbers."""
-    lower = np.floor(number_A).astype(int).clip(0, _HEAVIEST - 1)
-    rise = _RISES[lower][:, row]
-    return _FACTORS[lower][:, row] + (number_A - lower)[:, None] * rise, rise
-
-
 def _fitted(
     reflections: Reflections, atoms: Atoms, steps: int, *, places_only: bool = False
-) -> tuple[float, Atoms]:
-    """Least misfit R of some steps, and its atoms."""
-    hkl_G3, row_G, size_G = reflections.nodes
+) -> Atoms:
+    """Those of the step that fits best."""
+    hkl_G3, factors_ZG, size_G = reflections.nodes
+    node_3G = hkl_G3.T.astype(np.float32, order="C")
     place, number = atoms.place_A3, atoms.number_A
-    best = (np.inf, atoms)
+    best = atoms
     for step in range(steps + 1):
-        factor_AG, rise_AG = _form_factors(number, row_G)
-        phase_GA = 2 * np.pi * (hkl_G3 @ place.T)
-        cos, sin = np.cos(phase_GA), np.sin(phase_GA)
-        real, imaginary = (cos * factor_AG.T).sum(axis=1), (sin * factor_AG.T).sum(axis=1)
+        real, imaginary, part_A4G = kernel.waves(hkl_G3, place, number, factors_ZG)
         computed = np.hypot(real, imaginary) + _TINY
         misfit = float(np.abs(size_G - computed).sum() / max(size_G.sum(), _TINY))
-        if misfit < best[0]:
-            best = (misfit, Atoms(atoms.lattice, place, number))
+        if misfit < best.misfit:
+            best = Atoms(atoms.lattice, place, number, misfit)
         if step == steps or misfit < 2e-5:
             break
-        u, v = (real / computed)[:, None], (imaginary / computed)[:, None]
-        turn = 2 * np.pi * (v * cos - u * sin) * factor_AG.T
-        columns = [turn * hkl_G3[:, axis : axis + 1] for axis in range(3)]
-        if not places_only:
-            columns.append((u * cos + v * sin) * rise_AG.T)
-        change = _least_squares(np.concatenate(columns, axis=1), size_G - computed)
-        change = change.reshape(len(columns), -1)
+        u, v = (real / computed).astype(np.float32), (imaginary / computed).astype(np.float32)
+        jacobian_JG = kernel.derivatives(node_3G, u, v, part_A4G, 3 if places_only else 4)
+        change = _least_squares(jacobian_JG, (size_G - computed).astype(np.float32))
+        change = change.reshape(-1, len(number))
         place = place + change[:3].T.clip(-0.06, 0.06)
         if not places_only:
             number = (number + change[3].clip(-8, 8)).clip(0, _HEAVIEST + 0.9)
     return best
 
 
-def _least_squares(jacobian: FloatArray, residual: FloatArray) -> FloatArray:
-    """Slightly damped, columns brought to one scale; of many, by conjugate gradients."""
-    size = np.sqrt((jacobian**2).sum(axis=0))
-    size += 1e-6 * np.sqrt((size**2).sum()) + _TINY
-    scaled = jacobian / size
-    towards = scaled.T @ residual
+def _least_squares(
+    jacobian_JG: NDArray[np.float32], residual_G: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Slightly damped, of many by conjugate gradients; brings unknowns to one scale, in place."""
+    size = np.sqrt(np.einsum("jg,jg->j", jacobian_JG, jacobian_JG))
+    size += np.float32(1e-6) * np.sqrt((size**2).sum()) + np.float32(_TINY)
+    jacobian_JG /= size[:, None]
+    towards = jacobian_JG @ residual_G
     if len(size) <= 64:
-        answer: FloatArray = np.linalg.solve(scaled.T @ scaled + 1e-4 * np.eye(len(size)), towards)
+        normal = (jacobian_JG @ jacobian_JG.T).astype(np.float64)
+        answer = np.linalg.solve(normal + 1e-4 * np.eye(len(size)), towards.astype(np.float64))
         return np.asarray(answer / size)
-    answer, direction, square = np.zeros(len(size)), towards, float(towards @ towards)
-    left = residual.copy()
+    answer, direction, square = np.zeros_like(towards), towards, float(towards @ towards)
+    left = residual_G.copy()
     first = square
     for _ in range(12):
-        image = scaled @ direction
-        along = square / float(image @ image + 1e-4 * (direction @ direction) + 1e-30)
+        image = direction @ jacobian_JG
+        along = np.float32(square / float(image @ image + 1e-4 * (direction @ direction) + 1e-30))
         answer = answer + along * direction
-        left = left - along * image
-        towards = scaled.T @ left - 1e-4 * answer
+        left -= along * image
+        towards = jacobian_JG @ left - np.float32(1e-4) * answer
         before, square = square, float(towards @ towards)
         if square < 1e-10 * first:
             break
-        direction = towards + square / before * direction
-    return np.asarray(answer / size)
+        direction = towards + np.float32(square / before) * direction
+    return np.asarray(answer / size, dtype=np.float64)

@@ -18,14 +18,14 @@ import scipy.fft
 from numpy.typing import NDArray
 
 from training.models.peaks import maxima, peaks_of
-from training.models.refining import Atoms, Reflections, placed, refined
+from training.models.refining import SOLVED, Atoms, Reflections, placed, refined
 from training.models.wilson import FloatArray
 
 Grid = tuple[int, int, int]
 
-MOST_POINTS = 2000  # stored; larger cells take seconds and are seldom solved
+MOST_POINTS = 5000  # stored; larger cells take seconds
 # Flips, random starts and best starts tried: few first, many for what is left.
-_ATTEMPTS = ((40, 4, 2), (80, 12, 4), (80, 16, 8))
+_ATTEMPTS = ((40, 4, 2), (80, 12, 4))
 _SUPERPOSED = 6
 _RESOLUTION = 0.22  # Å, of the map whose peaks are atoms
 _SHARP, _SOFT = 0.9, 0.6  # 1/Å; the window of E, that of `wilson`'s curve
@@ -74,15 +74,18 @@ def solved(reflections: Reflections, own_P: FloatArray) -> Atoms | None:
         own_P: Σf²/V at each stored point, in e²/Å³ (`wilson`).
     """
     random = np.random.default_rng(0)
+    best: Atoms | None = None
     for flips, starts, tries in _ATTEMPTS:
         phased = _flipped(reflections, own_P, flips, starts, random)
         for start in phased.order_S[:tries]:
             peaks = _density(reflections, phased.factors_SXYZ[start])
             heights, places = peaks_of(peaks, _PEAKS)
             found = refined(reflections, placed(reflections, heights, places), peaks.shape)
-            if found is not None:
-                return found
-    return None
+            if found is not None and (best is None or found.misfit < best.misfit):
+                best = found
+            if best is not None and best.misfit < SOLVED:
+                return best
+    return best
 
 
 def _flipped(
@@ -111,9 +114,10 @@ def _flipped(
     density = np.concatenate([np.stack(maps), drawn])
     for flip in range(flips):
         limit = density.std(axis=(1, 2, 3), keepdims=True)
-        below = -density if flip < _POSITIVE * flips else np.float32(0)
-        changed = np.where(density < limit, below, density)
-        factors = scipy.fft.rfftn(changed, axes=(1, 2, 3))
+        kept = (density >= limit).astype(np.float32)
+        if flip < _POSITIVE * flips:
+            kept = 2 * kept - 1
+        factors = scipy.fft.rfftn(density * kept, axes=(1, 2, 3))
         size = np.abs(factors)
         if flip < flips - 1:
             factors *= half / np.maximum(size, _TINY)
