@@ -15,10 +15,11 @@ from featurization.featurize import featurize
 from featurization.sources import open_source
 from training.dataset import load
 from training.models import atoms as own
+from training.models import kernel
 from training.models.atoms import contents, description, structures
 from training.models.descriptors import steady_invariants
 from training.models.peaks import peaks_of
-from training.models.refining import Atoms
+from training.models.refining import LIKELY, Q_MAX, SOLVED, Atoms, form_factors
 
 SOURCE = "prototypes:60"
 
@@ -73,6 +74,7 @@ def test_elements_and_distances_are_those_of_the_crystal(sphere, found, crystals
                 np.interp([0, 0.5, 1], np.linspace(0, 1, len(theirs)), theirs), abs=0.2
             )
         right.append(same)
+        assert same or atoms.misfit > SOLVED
     assert np.mean(right) > 0.9
 
 
@@ -87,6 +89,62 @@ def test_orientation_and_order_change_little(sphere, found):
         other = contents(again)
         change = np.abs(one - other)[both] / (1e-3 + np.nanstd(one, axis=0))
         assert np.mean(np.nanmax(change, axis=1) < 0.01) > 0.9
+
+
+def test_one_column_says_how_well_the_atoms_fit(found):
+    known = [atoms for atoms in found if atoms is not None]
+    exact, poor, not_fitted = (replace(known[0], misfit=r) for r in (SOLVED / 9, 0.02, np.inf))
+    answer = contents([exact, poor, not_fitted, None])
+    assert np.array_equal(answer[0, :-1], answer[1, :-1], equal_nan=True)
+    assert answer[:, -1] == pytest.approx([SOLVED, 0.02, LIKELY, np.nan], nan_ok=True)
+
+
+@pytest.fixture(scope="module")
+def some():
+    """Nodes of a cell, form factors there, and atoms in it."""
+    random = np.random.default_rng(4)
+    lattice = 5 * np.eye(3) + random.normal(0, 0.5, (3, 3))
+    hkl = np.stack(np.meshgrid(*[np.arange(-4, 5)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    length = np.linalg.norm(hkl @ np.linalg.inv(lattice).T, axis=1)
+    hkl, length = hkl[length < Q_MAX], length[length < Q_MAX]
+    return hkl, length, random.random((5, 3)), np.array([1.0, 8, 22, 57, 97])
+
+
+def test_structure_factors_are_those_of_gemmi(some):
+    hkl, length, place, number = some
+    real, imaginary, _ = kernel.waves(hkl, place, number, form_factors(length))
+    expected = np.zeros(len(hkl), dtype=complex)
+    for x, z in zip(place, number, strict=True):
+        table = gemmi.Element(int(z)).it92
+        f = np.array([table.calculate_sf(q * q / 4) for q in length])
+        expected += f * np.exp(2j * np.pi * (hkl @ x))
+    assert np.abs(real + 1j * imaginary - expected).max() < 3e-5 * number.sum()
+
+
+@pytest.mark.parametrize("unknowns", [3, 4])
+def test_derivatives_are_those_of_differences(some, unknowns):
+    hkl, length, place, number = some
+    number = number - 0.3
+    factors = form_factors(length)
+
+    def size(place, number):
+        return np.hypot(*kernel.waves(hkl, place, number, factors)[:2])
+
+    real, imaginary, part = kernel.waves(hkl, place, number, factors)
+    computed = np.hypot(real, imaginary)
+    u, v = (real / computed).astype(np.float32), (imaginary / computed).astype(np.float32)
+    node = hkl.T.astype(np.float32, order="C")
+    answer = kernel.derivatives(node, u, v, part, unknowns)
+    assert answer.shape == (unknowns * len(number), len(hkl))
+    step = 1e-6
+    for row, derivative in enumerate(answer):
+        kind, atom = divmod(row, len(number))
+        there, back = [place.copy(), number.copy()], [place.copy(), number.copy()]
+        for moved, sign in ((there, 1), (back, -1)):
+            changed = moved[0][:, kind] if kind < 3 else moved[1]
+            changed[atom] += sign * step
+        expected = (size(*there) - size(*back)) / (2 * step)
+        assert derivative == pytest.approx(expected, abs=2e-4 * np.abs(expected).max())
 
 
 def test_contents_do_not_change_with_orientation():

@@ -49,7 +49,7 @@ _HEIGHTS = (
 ).sum(axis=1) * _LENGTHS_K[1]
 
 
-def _form_factors(length_P: FloatArray) -> FloatArray:
+def form_factors(length_P: FloatArray) -> FloatArray:
     """(Z, P) f at some |q| up to `Q_MAX`, linear between those of the table: to 3e-5."""
     place_P = (length_P / _LENGTHS_K[1]).clip(0, len(_LENGTHS_K) - 1)
     row_P = np.minimum(place_P.astype(int), len(_LENGTHS_K) - 2)
@@ -122,7 +122,7 @@ class Reflections:
     @cached_property
     def factors_ZP(self) -> FloatArray:
         """Form factors at the stored points, in electrons."""
-        return _form_factors(self.length_P)
+        return form_factors(self.length_P)
 
     @cached_property
     def nodes(self) -> tuple[NDArray[np.int64], FloatArray, FloatArray]:
@@ -139,7 +139,7 @@ class Reflections:
         # One of each ±q: the later half of the box, which is in order of the indices.
         half = np.arange(len(hkl)) > len(hkl) // 2
         keep = half & (length <= Q_MAX)
-        return hkl[keep], _form_factors(length[keep]), there.ravel()[keep]
+        return hkl[keep], form_factors(length[keep]), there.ravel()[keep]
 
 
 def placed(
