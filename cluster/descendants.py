@@ -1,13 +1,15 @@
 """Processes that come of this one: none outlives it, whatever forks them and whoever is killed."""
 
 import ctypes
+import os
+import signal
 import sys
 import time
 from collections.abc import Collection
 
 import psutil
 
-_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
+_SUBREAPER, _DEATH_SIGNAL = 36, 1  # PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG of prctl(2)
 _PATIENCE = 30.0  # for those that wait for a disk, which no signal ends, s
 
 
@@ -18,6 +20,20 @@ def adopt_orphans() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process as soon as the one that forked it is gone, even if that was killed.
+
+    A process of a pool waits for work for ever, otherwise.
+
+    Args:
+        parent: its number, seen before the fork: it may be gone already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def descendants() -> set[psutil.Process]:

@@ -3,11 +3,12 @@
 An ensemble of one lives in the run folder itself, the members of a larger one in `member-K/`.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +19,14 @@ from cluster.config import build_config
 from cluster.errors import RunFailed, UserError
 from cluster.provenance import provenance
 from training import checkpoint
-from training.config import BLEND, BoostedName, ModelName, TrainingConfig, recorded
+from training.config import BLEND, ModelName, TrainingConfig, recorded
 from training.dataset import Clouds, CloudSet
+from training.described import description, descriptions
 from training.identity import featurization_of, signature
 from training.inputs import prepared
 from training.loop import MODEL, device, fit, predict
 from training.models.boosted import Boosted
 from training.models.build import (
-    DESCRIPTIONS,
-    Describe,
     Inputs,
     Network,
     empty_network,
@@ -38,6 +38,8 @@ from training.peers import Alone, Peers
 from training.portions import blocks
 from training.progress import Progress
 from training.split import Parts
+
+_DESCRIBED = "described"  # folder of a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Trained:
     def inputs(self, some: CloudSet) -> dict[ModelName, Any]:
         """Kind of member → what it sees of some crystals, for `logits_of`."""
         return {
-            kind: _describe(kind)(some) if isinstance(each, Boosted) else each.prepare(some)
+            kind: description(kind, some) if isinstance(each, Boosted) else each.prepare(some)
             for kind, each in zip(kinds(self.config), self.members, strict=False)
         }
 
@@ -99,16 +101,24 @@ class Prepared:
 
 
 def prepare(
-    config: TrainingConfig, data: Clouds, train_rows: Tensor, peers: Peers, folder: Path
+    config: TrainingConfig,
+    data: Clouds,
+    train_rows: Tensor,
+    peers: Peers,
+    folder: Path,
+    identity: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """All of a training that depends on the clouds, but neither on a seed nor on labels.
 
     Args:
         config: of one kind of model, not of a blend.
         folder: where inputs are kept that do not fit into memory.
+        identity: of the only training in `folder`, which keeps there what trees see, until
+            `fit_members` is done.
     """
     if is_boosted(config.model):
-        return Prepared(_descriptions(config.model, data), {})
+        kept = None if identity is None else folder / _DESCRIBED
+        return Prepared(descriptions(config.model, data, kept, identity), {})
     network = new_network(config, data, train_rows)
     return Prepared(prepared(network, data, peers, folder), units_of(network))
 
@@ -159,7 +169,7 @@ def fit_members(
             progress(replace(at, epoch=at.epoch + passed, epochs=config.members * config.passes))
 
         if kind not in known:
-            known[kind] = prepare(own, data, parts.rows["train"], peers, run)
+            known[kind] = prepare(own, data, parts.rows["train"], peers, run, identity)
         if is_boosted(kind):
             _boost(folder, known[kind].inputs, parts, own, identity, resume)
             shifted(Progress(0, 1, 1, 1))
@@ -176,6 +186,7 @@ def fit_members(
                 progress=shifted,
             )
         passed += own.passes
+    shutil.rmtree(run / _DESCRIBED, ignore_errors=True)
 
 
 def load_run(run: Path) -> tuple[Trained, dict[str, Any]]:
@@ -266,17 +277,6 @@ def _boost(
     run.mkdir(parents=True, exist_ok=True)
     state = signed | {"provenance": made, "best_epoch": model.rounds}
     checkpoint.save(run / MODEL, model.tensors(), state)
-
-
-def _describe(kind: ModelName) -> Describe:
-    return DESCRIPTIONS[cast(BoostedName, kind)]
-
-
-def _descriptions(kind: ModelName, data: Clouds) -> NDArray[np.float32]:
-    """(N, F), what trees see of each crystal."""
-    describe = _describe(kind)
-    parts = blocks(data, torch.arange(len(data)))
-    return np.concatenate([describe(data.subset(block.numpy())) for block in parts])
 
 
 def folders(run: Path, config: TrainingConfig) -> list[Path]:

@@ -8,6 +8,7 @@ Shape legend, besides those of `training.dataset` and `training.models.refining`
 neighbours, K properties of an element.
 """
 
+import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from cluster.descendants import end_with_parent
 from training.dataset import CloudSet
 from training.models import baselines, descriptors, wilson
 from training.models.indexing import lattices
@@ -67,7 +69,7 @@ def structures(data: CloudSet) -> list[Atoms | None]:
         with _one_thread():
             return [*map(solver, range(len(data)))]
     forked = get_context("fork")  # what the processes share is not sent to them
-    with ProcessPoolExecutor(processes, forked, _begin, (solver,)) as pool:
+    with ProcessPoolExecutor(processes, forked, _begin, (solver, os.getpid())) as pool:
         return [*pool.map(_solve, range(len(data)), chunksize=_SHARE // 8)]
 
 
@@ -114,7 +116,8 @@ def _one_thread() -> threadpool_limits:
 _solver: _Solver | None = None  # of a forked process
 
 
-def _begin(solver: _Solver) -> None:
+def _begin(solver: _Solver, parent: int) -> None:
+    end_with_parent(parent)
     global _solver
     _solver = solver
     _one_thread()

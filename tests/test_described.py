@@ -1,0 +1,136 @@
+"""What trees see of each crystal is kept block by block, until the trees are grown."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small import random_set
+from tiny import ROOT
+
+from cluster.mpi import OneProcess
+from featurization.config import FeaturizationConfig
+from featurization.featurize import featurize
+from training import checkpoint, described
+from training.described import descriptions
+
+IDENTITY = {"content_hash": "0" * 64}
+
+
+@pytest.fixture
+def blocks_of_three(monkeypatch):
+    monkeypatch.setattr("training.portions._BLOCK_CRYSTALS", 3)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many crystals each call described."""
+    counts, honest = [], described.description
+
+    def counting(kind, some):
+        counts.append(len(some))
+        return honest(kind, some)
+
+    monkeypatch.setattr(described, "description", counting)
+    return counts
+
+
+@pytest.fixture
+def clouds():
+    return random_set(1, [20, 21, 22, 23, 24, 25, 26, 27])
+
+
+def test_blocks_that_are_done_are_not_done_again(blocks_of_three, asked, clouds, tmp_path):
+    whole = descriptions("boosted", clouds)
+    assert asked == [3, 3, 2]
+    assert np.array_equal(whole, described.description("boosted", clouds), equal_nan=True)
+    del asked[:]
+    assert np.array_equal(
+        descriptions("boosted", clouds, tmp_path, IDENTITY), whole, equal_nan=True
+    )
+    kept = sorted(tmp_path.iterdir())
+    assert (len(kept), asked) == (3, [3, 3, 2])
+    kept[1].unlink()
+    kept[2].write_bytes(kept[2].read_bytes()[:-1] + b"?")
+    del asked[:]
+    assert np.array_equal(
+        descriptions("boosted", clouds, tmp_path, IDENTITY), whole, equal_nan=True
+    )
+    assert asked == [3, 2]
+    assert sorted(tmp_path.iterdir()) == kept
+
+
+def test_blocks_of_other_crystals_or_models_are_not_taken(blocks_of_three, asked, clouds, tmp_path):
+    descriptions("boosted", clouds, tmp_path, IDENTITY)
+    del asked[:]
+    descriptions("boosted", clouds, tmp_path, {"content_hash": "1" * 64})
+    descriptions("boosted", replace(clouds, ids=clouds.ids[::-1]), tmp_path, IDENTITY)
+    descriptions("majority", clouds, tmp_path, IDENTITY)
+    assert asked == 3 * [3, 3, 2]
+
+
+def test_what_is_done_at_once_is_not_kept(asked, clouds, tmp_path):
+    descriptions("boosted", clouds, tmp_path / "kept", IDENTITY)
+    descriptions("boosted", clouds)
+    assert asked == [8, 8]
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.fixture(scope="module")
+def sphere(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("described") / "sphere"
+    featurize("prototypes:90", folder, FeaturizationConfig(selection="sphere:1.2"), OneProcess())
+    return folder
+
+
+# As `xtal train`, with small blocks and processes that share one.
+TRAIN = """
+import sys
+import torch
+import xtal
+from training import portions
+from training.models import atoms
+portions._BLOCK_CRYSTALS, atoms._SHARE = 16, 8
+torch.set_num_threads(2)
+xtal.main()
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupted_solution_goes_on_where_it_was(sphere, tmp_path):
+    (tmp_path / "few.toml").write_text('task = "crystal_system"\ntrees = 5\n')
+    options = ["--config", str(tmp_path / "few.toml"), "--model", "solved"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+
+    def started(folder, *more):
+        command = [sys.executable, "-c", TRAIN, "train", str(sphere), str(folder), *options, *more]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        # What a dead parent leaves would hold the pipe open.
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def kept():
+        return {path: path.stat().st_mtime_ns for path in (run / "described").glob("[!.]*")}
+
+    for name, code, blocks, more in (("SIGUSR1", 75, 1, []), ("SIGKILL", -9, 3, ["--resume"])):
+        before = kept()
+        with started(run, *more) as victim:
+            deadline = time.monotonic() + 120
+            while len(kept()) < blocks:
+                assert victim.poll() is None, victim.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            victim.send_signal(signal.Signals[name])
+            _, said = victim.communicate(timeout=120)
+        assert victim.returncode == code, said
+        assert before.items() <= kept().items()
+    for folder, more in ((run, ["--resume"]), (whole, [])):
+        with started(folder, *more) as done:
+            assert done.communicate(timeout=300)[1] is not None
+        assert done.returncode == 0
+    assert not (run / "described").exists()
+    one, other = (checkpoint.read(folder / "model.safetensors")[0] for folder in (run, whole))
+    assert one["trees"].equal(other["trees"])
