@@ -103,7 +103,7 @@ class Predictor:
         )
 
     def __call__(self, structures: Iterable[Any]) -> list[dict[str, Any]]:
-        """One row a crystal, as a dict of the columns above; what is empty is None.
+        """One row a crystal, as a dict of the columns of `xtal predict`; what is empty is None.
 
         Args:
             structures: pymatgen `Structure`s, their dicts, documents, `Crystal`s, and paths of
