@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 
 # Imported by autodoc, pydantic's models break.
 import ablation.report
-import ablation.run
+import ablation.run  # noqa: F401
 from ablation.grid import ArmChoice, GridConfig
 
 # Without pydantic's own words.
