@@ -129,7 +129,7 @@ def read_plan(out: Path) -> tuple[GridConfig, list[Trial]]:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not of a grid: {error!r}", remedy="run the grid again"
+            f"{path} is not of a grid: {type(error).__name__}: {error}", remedy="run the grid again"
         ) from None
     config = build_config(GridConfig, grid, where=str(path))
     return config, plan(config, content_hash)

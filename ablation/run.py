@@ -62,7 +62,7 @@ def run_grid(
     `test_only` trials need them.
 
     Returns:
-        Numbers of trials: `done`, `failed`, `skipped` (done before).
+        How many trials are `done`, `failed` and `skipped`, which were done before.
 
     Raises:
         UserError: no dataset, no usable classes, `out` holds another grid, or another driver is at

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cluster.descendants import descendants, end_all
 from cluster.errors import RunFailed
 from cluster.files import temporary_folder
 
@@ -220,7 +221,7 @@ def _session(**options: Any) -> Iterator[None]:
 def _start(terminated: Callable[[int, FrameType | None], Any], **options: Any) -> None:
     import ray
 
-    left = _STARTS
+    left, others = _STARTS, descendants()
     while True:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -231,6 +232,9 @@ def _start(terminated: Callable[[int, FrameType | None], Any], **options: Any) -
             signal.signal(signal.SIGTERM, terminated)
             ray.shutdown()
             terminated(signal.SIGTERM, None)
+        except KeyboardInterrupt:  # what Ray has started of a node would stay for a minute
+            end_all(but=others)
+            raise
         except Exception as error:  # Ray has no kind of its own for a node that does not start
             ray.shutdown()
             left -= 1

@@ -11,11 +11,16 @@ from sphinx.application import Sphinx
 # Imported by autodoc, pydantic's models break.
 import ablation.report
 import ablation.run  # noqa: F401
+from ablation.grid import ArmChoice, GridConfig
+
+# Without pydantic's own words.
+GridConfig.__annotations__["arms"] = tuple[ArmChoice | str, ...]
 
 project = "crystal-genome"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["conf.py"]
 highlight_language = "none"
+smartquotes = False  # an option begins with two dashes
 myst_heading_anchors = 3  # [text](page.md#heading), as on GitHub
 html_theme = "furo"  # brings its own fonts and scripts: a page asks no other host for anything
 html_static_path = ["manual.css"]
@@ -39,7 +44,7 @@ def _plain(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
         for line in lines
     ]
     if what in ("attribute", "property"):
-        lines.insert(0, "")
+        lines.insert(0, "\\")  # which is no type, and is not seen
 
 
 class Notebook(MystParser):  # type: ignore[misc]

@@ -85,7 +85,7 @@ def read_plan(out: Path) -> Plan | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not the plan of this version's run: {error!r}",
+            f"{path} is not the plan of this version's run: {type(error).__name__}: {error}",
             remedy=f"remove {out / FOLDER}, then xtal verify {out} --repair does what is missing; "
             "of a first run that did not end: featurize again into a new folder",
         ) from None

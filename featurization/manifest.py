@@ -84,7 +84,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} is not a manifest: {place}: {wrong['msg']}", remedy=way_out(folder)
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest: {error!r}", remedy=way_out(folder)) from None
+        raise UserError(
+            f"{path} is not a manifest: {type(error).__name__}: {error}", remedy=way_out(folder)
+        ) from None
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {version}, this program reads {FORMAT_VERSION}",

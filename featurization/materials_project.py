@@ -22,7 +22,7 @@ from featurization.addresses import checked_url, host_of, plain
 from featurization.crystal import ATTRIBUTION
 from featurization.documents import document_id
 from featurization.snapshot import Snapshot, checked_name, fetched
-from featurization.web import KeyRefused, Progress, Say, Web
+from featurization.web import AGAIN, CUT, KeyRefused, Progress, Say, Web, reason_of
 
 ENDPOINT = "https://api.materialsproject.org/"
 # What `documents.crystal_from_document` and the tasks read.
@@ -207,7 +207,7 @@ class _Materials:
             if attempt < web.ATTEMPTS - 1:
                 time.sleep(web.PAUSE * 2**attempt)
         with self._explained():
-            raise made[0] if made else TimeoutError("no answer in time")
+            raise made[0] if made else TimeoutError("timed out")
 
     def ids(self) -> list[str]:
         """All ids, each once."""
@@ -258,6 +258,8 @@ class _Materials:
                 yield
         except (UserError, RunFailed, KeyRefused):
             raise
+        except (*CUT, TimeoutError) as error:
+            raise RunFailed(f"{self._host}: {reason_of(error)}", remedy=f"later, {AGAIN}") from None
         except Exception as error:  # it lets those of its parsers through
             said = plain(str(error).replace(self._key, "(the key)"))
             raise RunFailed(

@@ -746,5 +746,9 @@ def test_the_status_of_no_grid_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds no grid"):
         status(tmp_path)
     (tmp_path / "grid.json").write_text("{}")
-    with pytest.raises(UserError, match="is not of a grid"):
+    with pytest.raises(UserError, match="is not of a grid: KeyError: 'grid'"):
         status(tmp_path)
+    (tmp_path / "grid.json").write_bytes(b"\xff" * 5000)
+    with pytest.raises(UserError, match=r"is not of a grid: .* can't decode byte") as caught:
+        status(tmp_path)
+    assert len(str(caught.value)) < 500

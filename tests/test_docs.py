@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import html
 import re
 import shlex
 import shutil
@@ -36,7 +37,10 @@ from test_architecture import ORDER
 from tiny import ROOT, process
 
 import xtal
+from ablation.grid import GridConfig
+from featurization.config import FeaturizationConfig
 from featurization.inspection_figure import _ACCENT
+from training.config import TrainingConfig
 
 MOST_NOT_RUN = 8  # those that need the network
 MOST_LINES = 30
@@ -185,6 +189,17 @@ def test_pages_ask_no_other_host_for_anything(site: Path) -> None:
     assert [path.name for path in written if asked.search(path.read_text(encoding="utf-8"))] == []
     for path in (site / "_static").rglob("*.css"):
         assert not re.search(r"(?:url\(|@import)\s*['\"]?https?:", path.read_text(encoding="utf-8"))
+
+
+def test_the_reference_says_what_the_docstrings_say(site: Path) -> None:
+    page = (site / "api.html").read_text(encoding="utf-8")
+    text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
+    for kind in (FeaturizationConfig, TrainingConfig, GridConfig):
+        for name, field in kind.model_fields.items():
+            said = " ".join(str(field.description).replace("`", "").split())
+            assert said in text, f"{kind.__name__}.{name}"
+    assert "model_config" not in text
+    assert "GetPydanticSchema" not in text
 
 
 @needs_chromium

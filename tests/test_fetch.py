@@ -257,6 +257,14 @@ def test_the_client_does_not_wait_forever(project, tmp_path, monkeypatch):
     assert len(documents(tmp_path / "a.jsonl.gz")) == 3
 
 
+def test_a_server_that_goes_away_is_told_in_words(project, tmp_path, monkeypatch):
+    there = mp._Materials
+    elsewhere = "http://127.0.0.1:1/"
+    monkeypatch.setattr(mp, "_Materials", lambda _, *rest: there(elsewhere, *rest))
+    with pytest.raises(RunFailed, match=r"^127\.0\.0\.1:1: no connection\n.*later, give the same"):
+        mp.fetch(tmp_path / "a.jsonl.gz", **QUIET)
+
+
 def test_without_the_client(project, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mp_api.client", None)
     with pytest.raises(UserError, match=r"pip install 'crystal-genome\[mp\]'"):

@@ -195,6 +195,10 @@ def test_bad_requests_are_explained(trained, tmp_path):
     ]:
         with pytest.raises(UserError, match=problem):
             predict(trained, source_, out)
+    for suffix in (".csv", ".parquet", ".jsonl"):
+        with pytest.raises(OSError, match="File name too long") as caught:
+            predict(trained, str(source), tmp_path / f"{'n' * 240}{suffix}")
+        assert caught.value.filename  # for the message
     assert source.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "folder.csv"]
     with pytest.raises(UserError, match=r"no config\.json"):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from cluster.descendants import descendants
 from cluster.errors import RunFailed
 from cluster.ray_session import local_ray
 
@@ -54,6 +55,32 @@ def test_what_ray_says_of_dead_workers_is_not_on_stdout(capsys):
     out += capsys.readouterr().out
     assert "(raylet)" in err
     assert out == ""
+
+
+def alive(processes):
+    """Those that have not ended; one that nobody has waited for has."""
+    return [each for each in processes if each.is_running() and each.status() != "zombie"]
+
+
+def test_ctrl_c_while_ray_starts_leaves_no_process(monkeypatch):
+    with local_ray(1):
+        from ray._private.node import Node
+
+    start, started = Node.start_ray_processes, set()
+
+    def interrupted(node):
+        start(node)
+        end = time.monotonic() + 60
+        while not any("agent" in " ".join(each.cmdline()).lower() for each in started):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+            started.update(descendants())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Node, "start_ray_processes", interrupted)
+    with pytest.raises(KeyboardInterrupt), local_ray(1):
+        pass
+    assert alive(started) == []
 
 
 def test_a_signal_while_ray_starts_is_ours(monkeypatch):

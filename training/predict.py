@@ -103,7 +103,7 @@ class Predictor:
         )
 
     def __call__(self, structures: Iterable[Any]) -> list[dict[str, Any]]:
-        """One row a crystal, as a dict of the columns above; what is empty is None.
+        """One row a crystal, as a dict of the columns of `xtal predict`; what is empty is None.
 
         Args:
             structures: pymatgen `Structure`s, their dicts, documents, `Crystal`s, and paths of
@@ -273,18 +273,18 @@ def _noted(items: Iterable[Item], ids: "array[int]") -> Iterator[Item]:
 
 @contextmanager
 def _writing(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    with replacing(path) as temporary:
+    # Opened here: an error of pyarrow's own names no file.
+    with replacing(path) as temporary, temporary.open("wb") as stream:
         if path.suffix == ".parquet":
-            with pq.ParquetWriter(temporary, schema) as parquet:
+            with pq.ParquetWriter(stream, schema) as parquet:
                 yield parquet.write_table
         elif path.suffix == ".csv":
-            with pyarrow.csv.CSVWriter(temporary, schema) as table:
+            with pyarrow.csv.CSVWriter(stream, schema) as table:
                 yield table.write
         else:
-            with temporary.open("w", encoding="utf-8") as stream:
-                yield lambda table: stream.writelines(
-                    json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()
-                )
+            yield lambda table: stream.writelines(
+                json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in table.to_pylist()
+            )
 
 
 def _utf8(text: str) -> str:
