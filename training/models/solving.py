@@ -23,7 +23,7 @@ from training.models.wilson import FloatArray
 
 Grid = tuple[int, int, int]
 
-MOST_POINTS = 5000  # stored; larger cells take seconds
+MOST_POINTS = 2500  # stored; larger cells take a second and more
 # Flips, random starts and best starts tried: few first, many for what is left.
 _ATTEMPTS = ((40, 4, 2), (80, 12, 4))
 _SUPERPOSED = 6
