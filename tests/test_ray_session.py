@@ -66,7 +66,7 @@ def test_ctrl_c_while_ray_starts_leaves_no_process(monkeypatch):
     with local_ray(1):
         from ray._private.node import Node
 
-    start, started = Node.start_ray_processes, set()
+    start, started, others = Node.start_ray_processes, set(), descendants()
 
     def interrupted(node):
         start(node)
@@ -74,7 +74,7 @@ def test_ctrl_c_while_ray_starts_leaves_no_process(monkeypatch):
         while not any("agent" in " ".join(each.cmdline()).lower() for each in started):
             assert time.monotonic() < end
             time.sleep(0.1)
-            started.update(descendants())
+            started.update(descendants() - others)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Node, "start_ray_processes", interrupted)
