@@ -12,11 +12,14 @@ import pytest
 from small import random_set
 from tiny import ROOT
 
+from cluster.errors import UserError
 from cluster.mpi import OneProcess
 from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize
 from training import checkpoint, described
+from training.config import TrainingConfig
 from training.described import descriptions
+from training.ensemble import fit_members
 
 IDENTITY = {"content_hash": "0" * 64}
 
@@ -78,6 +81,25 @@ def test_what_is_done_at_once_is_not_kept(asked, clouds, tmp_path):
     descriptions("boosted", clouds)
     assert asked == [8, 8]
     assert not (tmp_path / "kept").exists()
+
+
+def test_grown_trees_need_no_description(blocks_of_three, asked, clouds, tmp_path):
+    config = TrainingConfig(
+        task="crystal_system", model="boosted", members=2, trees=3,
+        validation_fraction=0.3, test_fraction=0.3,
+    )  # fmt: skip
+    fit_members(tmp_path, clouds, config, identity=IDENTITY)
+    assert asked == [3, 3, 2]
+    grown = {path: path.read_bytes() for path in tmp_path.glob("member-*/*")}
+    fit_members(tmp_path, clouds, config, identity=IDENTITY, resume=True)
+    assert asked == [3, 3, 2]
+    last = tmp_path / "member-1" / "model.safetensors"
+    last.unlink()
+    fit_members(tmp_path, clouds, config, identity=IDENTITY, resume=True)
+    assert asked == 2 * [3, 3, 2]
+    assert {path: path.read_bytes() for path in tmp_path.glob("member-*/*")} == grown
+    with pytest.raises(UserError, match="belongs to another training"):
+        fit_members(tmp_path, clouds, config, identity={"content_hash": "1" * 64}, resume=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Structures solved from points alone."""
 
+import os
 from dataclasses import replace
 
 import gemmi
@@ -8,7 +9,9 @@ import pytest
 import torch
 from small import random_set
 from test_boosted import turned
+from tiny import write_lines
 
+from cluster.errors import RunFailed
 from cluster.mpi import OneProcess
 from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize
@@ -145,6 +148,48 @@ def test_derivatives_are_those_of_differences(some, unknowns):
             changed[atom] += sign * step
         expected = (size(*there) - size(*back)) / (2 * step)
         assert derivative == pytest.approx(expected, abs=2e-4 * np.abs(expected).max())
+
+
+def perovskites(folder, edges, selection):
+    """Clouds of SrTiO3 of some edges in Å."""
+    place = [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    sites = [
+        {"species": [{"element": name, "occu": 1}], "abc": xyz}
+        for name, xyz in zip(["Sr", "Ti", "O", "O", "O"], place, strict=True)
+    ]
+    documents = [
+        {"material_id": f"a-{n}", "structure": {"lattice": {"matrix": cell}, "sites": sites}}
+        for n, cell in enumerate((np.eye(3) * np.array(edges)[:, None, None]).tolist())
+    ]
+    source = write_lines(folder / "source.jsonl", documents)
+    featurize(str(source), folder / "out", FeaturizationConfig(selection=selection), OneProcess())
+    return load(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("edges", "selection"),
+    [
+        # A shell just beyond the sphere, which is within it where edges are rounded.
+        (np.sqrt([20, 21, 22, 24, 29]) / 1.2 - 1e-6, "sphere:1.2"),
+        ([3.905], "sphere:1.1"),
+    ],
+)
+def test_what_the_sphere_cuts_away_is_not_absent(tmp_path, edges, selection):
+    answer = structures(perovskites(tmp_path, edges, selection))
+    assert len(answer) == len(edges)
+    for atoms in answer:
+        assert atoms is not None
+        assert atoms.misfit < SOLVED
+        assert sorted(atoms.number_A) == [8, 8, 8, 22, 38]
+
+
+def test_a_process_of_the_pool_that_is_killed_is_told(sphere, monkeypatch):
+    monkeypatch.setattr(own, "_SHARE", 2)
+    monkeypatch.setattr(own.torch, "get_num_threads", lambda: 2)
+    parent = os.getpid()
+    monkeypatch.setattr(own, "solved", lambda *_: os.getpid() == parent or os.kill(os.getpid(), 9))
+    with pytest.raises(RunFailed, match="was killed"):
+        structures(sphere)
 
 
 def test_contents_do_not_change_with_orientation():

@@ -168,10 +168,14 @@ def fit_members(
         def shifted(at: Progress, passed: int = passed) -> None:
             progress(replace(at, epoch=at.epoch + passed, epochs=config.members * config.passes))
 
+        if is_boosted(kind) and resume and _is_grown(folder, own, identity):
+            shifted(Progress(0, 1, 1, 1))
+            passed += own.passes
+            continue
         if kind not in known:
             known[kind] = prepare(own, data, parts.rows["train"], peers, run, identity)
         if is_boosted(kind):
-            _boost(folder, known[kind].inputs, parts, own, identity, resume)
+            _boost(folder, known[kind].inputs, parts, own, identity)
             shifted(Progress(0, 1, 1, 1))
         else:
             fit(
@@ -259,18 +263,23 @@ def _logits(
     return predict(member, given, rows, config.batch_size).astype(np.float64)
 
 
+def _is_grown(run: Path, config: TrainingConfig, identity: dict[str, Any]) -> bool:
+    """Whether there is a model of this training, and no other."""
+    if not (run / MODEL).exists():
+        return False
+    signed = signature(config, identity)
+    checkpoint.check_signature(run / MODEL, signed, checkpoint.read(run / MODEL)[1])
+    return True
+
+
 def _boost(
     run: Path,
     description_NF: NDArray[np.float32],
     parts: Parts,
     config: TrainingConfig,
     identity: dict[str, Any],
-    resume: bool,
 ) -> None:
     signed = signature(config, identity)
-    if resume and (run / MODEL).exists():
-        checkpoint.check_signature(run / MODEL, signed, checkpoint.read(run / MODEL)[1])
-        return
     rows = (parts.rows["train"].numpy(), parts.rows["validation"].numpy())
     model = Boosted.fitted(description_NF, parts.target_N.numpy(), *rows, config)
     made = {name: value for name, value in provenance().items() if name != "created"}

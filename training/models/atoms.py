@@ -9,7 +9,9 @@ neighbours, K properties of an element.
 """
 
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from cluster.descendants import end_with_parent
+from cluster.errors import RunFailed
 from training.dataset import CloudSet
 from training.models import baselines, descriptors, wilson
 from training.models.indexing import lattices
@@ -65,12 +68,18 @@ def structures(data: CloudSet) -> list[Atoms | None]:
     own_NQ = radial @ wilson.own_scattering(np.linspace(0, Q_MAX, _BINS + 1), lengths_Q)
     solver = _Solver(data, lattices(data), lengths_Q, np.log(np.maximum(own_NQ, _TINY)))
     processes = min(torch.get_num_threads(), len(data) // _SHARE)
-    if processes < 2:
+    if processes < 2 or sys.platform != "linux":  # elsewhere a fork may not use its matrices
         with _one_thread():
             return [*map(solver, range(len(data)))]
     forked = get_context("fork")  # what the processes share is not sent to them
     with ProcessPoolExecutor(processes, forked, _begin, (solver, os.getpid())) as pool:
-        return [*pool.map(_solve, range(len(data)), chunksize=_SHARE // 8)]
+        try:
+            return [*pool.map(_solve, range(len(data)), chunksize=4)]
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a process that solves structures was killed, likely for want of memory",
+                remedy="give it more memory, or fewer OMP_NUM_THREADS; go on with --resume",
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +145,7 @@ def contents(found: list[Atoms | None]) -> NDArray[np.float32]:
     - Differences of elements' properties between neighbours (Ward et al., PRB 96, 024104 (2017)),
       sums over bonds that go with hardness (Šimůnek and Vackář, PRL 96, 085501 (2006)).
     - `baselines.formula_columns` of the formula found.
-    - R of the fit, from `refining.SOLVED`, below which all are right, to `refining.LIKELY`.
+    - R of the fit, not less than `refining.SOLVED`, below which nearly all are right.
     """
     known = np.array([number for number, atoms in enumerate(found) if atoms is not None], dtype=int)
     shown = [atoms for atoms in found if atoms is not None]
