@@ -50,14 +50,7 @@ def fit(data: Clouds, train_rows: Tensor, validation_rows: Tensor) -> dict[str, 
     train_rows, validation_rows = (
         rows[:: -(-len(rows) // _MOST_KEPT)] for rows in (train_rows, validation_rows)
     )
-    train = data.subset(sample(data, train_rows).numpy())
-    length_P, intensity_P = train.q_P3.norm(dim=1).numpy(), train.intensity_P.numpy()
-    present = intensity_P[intensity_P > 0]
-    tensors = {
-        "middle": torch.tensor(np.quantile(length_P, 0.99) / 2 if len(length_P) else 1.0),
-        # What a cloud without intensity is taken to have, so that its logarithm is finite.
-        "floor": torch.tensor(float(np.quantile(present, 0.01)) if len(present) else 1.0),
-    }
+    tensors = _scales(data.subset(sample(data, train_rows).numpy()))
     statistics = _of_blocks(_statistics, data, train_rows, tensors)
     centred = statistics - statistics.mean(dim=0)
     covariance = centred.T @ centred / len(centred)
@@ -68,6 +61,16 @@ def fit(data: Clouds, train_rows: Tensor, validation_rows: Tensor) -> dict[str, 
     tensors |= {"known": (centred @ whitening).contiguous()}
     validation = _of_blocks(_distances, data, validation_rows, tensors)
     return tensors | {"threshold": torch.tensor(np.quantile(validation.numpy(), _QUANTILE))}
+
+
+def _scales(train: CloudSet) -> dict[str, Tensor]:
+    length_P, intensity_P = train.q_P3.norm(dim=1).numpy(), train.intensity_P.numpy()
+    present = intensity_P[intensity_P > 0]
+    return {
+        "middle": torch.tensor(np.quantile(length_P, 0.99) / 2 if len(length_P) else 1.0),
+        # What a cloud without intensity is taken to have, so that its logarithm is finite.
+        "floor": torch.tensor(float(np.quantile(present, 0.01)) if len(present) else 1.0),
+    }
 
 
 def distances(data: CloudSet, tensors: Mapping[str, Tensor]) -> NDArray[np.float64]:
