@@ -53,7 +53,7 @@ def line(some: CloudSet, low: int, high: int) -> str:
     found = structures(some)
     seconds = time.process_time() - start
     again = structures(turned(some))
-    solved = [atoms is not None and atoms.misfit < SOLVED for atoms in found]
+    solved = [believed for _, believed in map(told, found)]
     right = [
         yes and formula(atoms) == Composition(group).reduced_formula
         for yes, atoms, group in zip(solved, found, some.groups.tolist(), strict=True)

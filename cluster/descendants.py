@@ -19,7 +19,7 @@ def adopt_orphans() -> None:
     A batch system that follows parents to the processes of a job then finds them, too.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_SUBREAPER, 1, 0, 0, 0)
+        _prctl(_SUBREAPER, 1)
 
 
 def end_with_parent(parent: int) -> None:
@@ -31,9 +31,13 @@ def end_with_parent(parent: int) -> None:
         parent: its number, seen before the fork: it may be gone already.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        _prctl(_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 def descendants() -> set[psutil.Process]:

@@ -38,15 +38,16 @@ def descriptions(
         identity: what kept blocks must be of, as `training.identity`.
     """
     every = [*blocks(data, torch.arange(len(data)))]
+    if kept is None or len(every) < 2:
+        return np.concatenate([description(kind, data.subset(rows.numpy())) for rows in every])
     answer = []
     for number, rows in enumerate(every):
-        path = None if kept is None or len(every) < 2 else kept / f"{kind}-{number}.safetensors"
+        path = kept / f"{kind}-{number}.safetensors"
         state = {"identity": dict(identity or {}), "crystals": data.ids[rows.numpy()].tolist()}
-        block = None if path is None else _read(path, state)
+        block = _read(path, state)
         if block is None:
             block = description(kind, data.subset(rows.numpy()))
-            if path is not None:
-                checkpoint.save(path, {"described": torch.from_numpy(block)}, state)
+            checkpoint.save(path, {"described": torch.from_numpy(block)}, state)
         answer.append(block)
     return np.concatenate(answer)
 

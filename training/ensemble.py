@@ -168,14 +168,12 @@ def fit_members(
         def shifted(at: Progress, passed: int = passed) -> None:
             progress(replace(at, epoch=at.epoch + passed, epochs=config.members * config.passes))
 
-        if is_boosted(kind) and resume and _is_grown(folder, own, identity):
-            shifted(Progress(0, 1, 1, 1))
-            passed += own.passes
-            continue
-        if kind not in known:
+        grown = resume and is_boosted(kind) and _is_grown(folder, own, identity)
+        if kind not in known and not grown:
             known[kind] = prepare(own, data, parts.rows["train"], peers, run, identity)
         if is_boosted(kind):
-            _boost(folder, known[kind].inputs, parts, own, identity)
+            if not grown:
+                _boost(folder, known[kind].inputs, parts, own, identity)
             shifted(Progress(0, 1, 1, 1))
         else:
             fit(

@@ -118,7 +118,7 @@ class _Solver:
 
 
 def _one_thread() -> threadpool_limits:
-    """Matrices of one crystal are so small that threads take ten times as long."""
+    """Matrices of one crystal are so small that threads take longer, beside others far longer."""
     return threadpool_limits(1, "blas")
 
 

@@ -21,7 +21,7 @@ from training.models.peaks import peaks_of
 from training.models.wilson import FloatArray
 
 Q_MAX = 1.2  # 1/Å
-SOLVED = 0.0005  # Σ||F_o| − |F_c|| / Σ|F_o|; at 0.001 half of them have wrong elements
+SOLVED = 0.0005  # Σ||F_o| − |F_c|| / Σ|F_o|; from here to 0.001 a third has wrong elements
 LIKELY = 0.05  # what fits worse is nothing
 _WINDOW = 0.45  # 1/Å, 1 σ: atoms become blobs that do not ripple into their neighbours
 _HEAVIEST = 97
