@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -178,7 +179,8 @@ def test_a_killed_grid_ends_with_each_trial_once(dataset, clouds, tmp_path, monk
     record.write_text(lines_before + '0123abcd {"trial": "' + planned[0].id[:4])
     victim = next(t for t in reversed(planned) if t.id not in done)
     broken = out / "fits" / victim.fit.id / "checkpoint.safetensors"
-    broken.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(broken.parent, ignore_errors=True)  # it may have been trained, only not recorded
+    broken.parent.mkdir(parents=True)
     broken.write_bytes(b"no checkpoint")
     code, output = finish("ablate", path, out)
     assert code == 1, output
