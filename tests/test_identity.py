@@ -133,6 +133,12 @@ def test_damaged_weights_are_refused(made, copy, name, monkeypatch, capsys, tmp_
     assert not (tmp_path / "a.csv").exists()
 
 
+def test_a_part_of_an_ensemble_is_not_the_ensemble(made, tmp_path):
+    train(made / "d", tmp_path / "run", tiny(model="blend", members=2, **BULK))
+    rewritten(tmp_path / "run", "training", "members", value=1)
+    refused(tmp_path / "run", "members = 1, but there is .*member-2")
+
+
 def test_a_damaged_config_is_refused(copy):
     folder = copy("harmonic")
     text = (folder / "config.json").read_text()
@@ -143,6 +149,8 @@ def test_a_damaged_config_is_refused(copy):
     for name in ("featurization", "training", "identity"):
         (folder / "config.json").write_text(json.dumps(json.loads(text) | {name: [1]}))
         refused(folder, rf"config.json is damaged: {name} = \[1\]")
+    (folder / "config.json").write_text(json.dumps(json.loads(text) | {"dataset": 5}))
+    refused(folder, "config.json is damaged: dataset = 5, not a path")
 
 
 def test_a_folder_in_place_of_weights_is_refused(copy):

@@ -169,10 +169,11 @@ def recorded(run: Path) -> dict[str, Any]:
             f"{path} is of an older layout: it has no {', '.join(missing)}",
             remedy="train again, or use the version of xtal that trained it",
         )
-    for name in _RECORDED[1:]:
-        if not isinstance(content[name], dict):
+    for name in _RECORDED:
+        kind, what = (str, "a path") if name == "dataset" else (dict, "an object")
+        if not isinstance(content[name], kind):
             raise UserError(
-                f"{path} is damaged: {name} = {content[name]!r}, not an object",
+                f"{path} is damaged: {name} = {content[name]!r}, not {what}",
                 remedy="put back a copy of it, or train again",
             )
     return content

@@ -22,7 +22,7 @@ from training import checkpoint
 from training.config import BLEND, ModelName, TrainingConfig, recorded
 from training.dataset import Clouds, CloudSet
 from training.described import description, descriptions
-from training.identity import featurization_of, signature
+from training.identity import check_count, featurization_of, signature
 from training.inputs import prepared
 from training.loop import MODEL, device, fit, predict
 from training.models.boosted import Boosted
@@ -201,7 +201,9 @@ def load_run(run: Path) -> tuple[Trained, dict[str, Any]]:
     said = recorded(run)
     config = build_config(TrainingConfig, said["training"], where=str(run / "config.json"))
     featurization_of(run, said)
-    return load_members(run, config, said["identity"]), said
+    trained = load_members(run, config, said["identity"])
+    check_count(run, config, len(trained.members))
+    return trained, said
 
 
 def load_members(

@@ -115,3 +115,16 @@ def featurization_of(run: Path, recorded: Mapping[str, Any]) -> FeaturizationCon
             remedy="put back the config.json of the training, or train again",
         )
     return config
+
+
+def check_count(run: Path, config: TrainingConfig, models: int) -> None:
+    """Refuse to take some members of an ensemble for all: no member says how many there are.
+
+    Args:
+        models: how many there are by `config`.
+    """
+    if (beyond := run / f"member-{models}").exists():
+        raise UserError(
+            f"{run / 'config.json'} was changed: members = {config.members}, but there is {beyond}",
+            remedy="put back the config.json of the training, or train again",
+        )
