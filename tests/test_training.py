@@ -464,6 +464,13 @@ def test_another_dataset_is_not_evaluated(finished, dataset, tmp_path):
         evaluate_run(finished[0], tmp_path)
     with pytest.raises(UserError, match="is no training run"):
         evaluate_run(tmp_path)
+    moved = tmp_path / "moved"
+    shutil.copytree(finished[0], moved)
+    said = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(said | {"dataset": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match="gone, the dataset of the training, is no longer") as told:
+        evaluate_run(moved)
+    assert "--dataset" in told.value.remedy
     (tmp_path / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
     with pytest.raises(UserError, match="has not finished"):
         evaluate_run(tmp_path, dataset)

@@ -88,6 +88,11 @@ def evaluate_run(
             remedy=f"choose one of {', '.join(names)}",
         )
     folder = dataset or Path(recorded["dataset"])
+    if dataset is None and not folder.exists():
+        raise UserError(
+            f"{folder}, the dataset of the training, is no longer there",
+            remedy="say with --dataset where it is now",
+        )
     manifest = read_manifest(folder)
     found, asked = manifest["content_hash"], recorded["identity"]["content_hash"]
     if found != asked:
