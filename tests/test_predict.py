@@ -570,6 +570,19 @@ def test_metrics_and_card_tell_the_licence_that_the_manifest_has(
     assert "licence CC-BY-NC-4.0. Whoever passes on the model" in text
 
 
+def test_the_card_tells_what_a_model_is_given(trained):
+    recorded, metrics = (
+        json.loads((trained / name).read_text()) for name in ("config.json", "metrics.json")
+    )
+    said = {}
+    for model in ("harmonic", "solved", "composition_only", "lattice_only"):
+        recorded["training"]["model"] = model
+        said[model] = card.card(recorded, metrics).splitlines()[2]
+    assert "neither elements nor a formula" in said["harmonic"]
+    assert sum("neither" in line for line in said.values()) == 1
+    assert "it knows the elements" in said["solved"]
+
+
 def test_the_card_is_escaped(trained):
     recorded, metrics = (
         json.loads((trained / n).read_text()) for n in ("config.json", "metrics.json")

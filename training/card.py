@@ -15,6 +15,14 @@ from training.metrics import METRICS
 from training.tasks import TASKS
 
 FILE = "MODEL_CARD.md"
+# What models are given that see other things than the points of a cloud, or more in them.
+_GIVEN = {
+    "solved": "what diffraction shows, and finds the atoms in it: it knows the elements and, where "
+    "the structure is solved, the formula.",
+    "composition_only": "the formula alone.",
+    "lattice_only": "the cell of the source alone.",
+    "majority": "nothing of a crystal.",
+}
 
 
 def write_card(run: Path) -> str:
@@ -48,11 +56,7 @@ def card(recorded: dict[str, Any], metrics: dict[str, Any]) -> str:
         "",
         f"{'A regression' if _of_number(metrics['task']) else 'A classifier'} of crystals, "
         f"model {_plain(training['model'])}. It is given "
-        + (
-            "the formula alone."
-            if training["model"] == "composition_only"
-            else "what diffraction shows, neither elements nor a formula."
-        ),
+        + _GIVEN.get(training["model"], "what diffraction shows, neither elements nor a formula."),
         "",
         "## What it answers",
         "",
