@@ -132,7 +132,7 @@ class Worker:
             rows = parts.rows["test"]
             seen, here = {kind: each.inputs for kind, each in prepared.items()}, rows
             if trial.mode == "train_only":
-                seen = trained.inputs(self._open(base).subset(rows.numpy()))
+                seen = trained.inputs(self._open(base), rows)
                 here = torch.arange(len(rows))
             answers.append(_answer(trial, trained, seen, here, parts, start))
             start = time.perf_counter()
@@ -151,7 +151,7 @@ class Worker:
             trained = load_members(self.folder(trial.fit), trial.training)
             model = trial.training.model
             if model not in seen or not is_boosted(model):  # each network has units of its own
-                seen[model] = trained.inputs(data)
+                seen[model] = trained.inputs(data, torch.arange(len(data)))
             here = torch.from_numpy(np.searchsorted(union, rows))
             answers.append(_answer(trial, trained, seen[model], here, parts[trial.id], start))
             start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What trees see of each crystal is kept block by block, until the trees are grown."""
+"""What trees see of each crystal is kept block by block, until the run is evaluated."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from small import random_set
 from tiny import ROOT
 
@@ -18,10 +19,11 @@ from featurization.config import FeaturizationConfig
 from featurization.featurize import featurize
 from training import checkpoint, described
 from training.config import TrainingConfig
-from training.described import descriptions
-from training.ensemble import fit_members
+from training.described import Kept, descriptions
+from training.ensemble import fit_members, load_members
 
 IDENTITY = {"content_hash": "0" * 64}
+EVERY = torch.arange(8)
 
 
 @pytest.fixture
@@ -48,56 +50,76 @@ def clouds():
 
 
 def test_blocks_that_are_done_are_not_done_again(blocks_of_three, asked, clouds, tmp_path):
-    whole = descriptions("boosted", clouds)
+    kept = Kept(tmp_path, IDENTITY)
+    whole = descriptions("boosted", clouds, EVERY)
     assert asked == [3, 3, 2]
     assert np.array_equal(whole, described.description("boosted", clouds), equal_nan=True)
     del asked[:]
-    assert np.array_equal(
-        descriptions("boosted", clouds, tmp_path, IDENTITY), whole, equal_nan=True
-    )
-    kept = sorted(tmp_path.iterdir())
-    assert (len(kept), asked) == (3, [3, 3, 2])
-    kept[1].unlink()
-    kept[2].write_bytes(kept[2].read_bytes()[:-1] + b"?")
+    assert np.array_equal(descriptions("boosted", clouds, EVERY, kept), whole, equal_nan=True)
+    files = sorted(tmp_path.iterdir())
+    assert (len(files), asked) == (3, [3, 3, 2])
+    files[1].unlink()
+    files[2].write_bytes(files[2].read_bytes()[:-1] + b"?")
     del asked[:]
-    assert np.array_equal(
-        descriptions("boosted", clouds, tmp_path, IDENTITY), whole, equal_nan=True
-    )
+    assert np.array_equal(descriptions("boosted", clouds, EVERY, kept), whole, equal_nan=True)
     assert asked == [3, 2]
-    assert sorted(tmp_path.iterdir()) == kept
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_some_crystals_are_read_where_they_are_kept(blocks_of_three, asked, clouds, tmp_path):
+    kept = Kept(tmp_path, IDENTITY)
+    whole = descriptions("boosted", clouds, EVERY, kept)
+    del asked[:]
+    rows = torch.tensor([7, 0, 2, 3])
+    some = descriptions("boosted", clouds, rows, kept)
+    assert asked == []
+    assert np.array_equal(some, whole[rows], equal_nan=True)
+    sorted(tmp_path.iterdir())[0].unlink()
+    some = descriptions("boosted", clouds, rows, kept)
+    assert asked == [2]  # of the block that is gone those two, which are no block to keep
+    assert np.array_equal(some, whole[rows], equal_nan=True)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_blocks_of_other_crystals_or_models_are_not_taken(blocks_of_three, asked, clouds, tmp_path):
-    descriptions("boosted", clouds, tmp_path, IDENTITY)
+    kept = Kept(tmp_path, IDENTITY)
+    descriptions("boosted", clouds, EVERY, kept)
     del asked[:]
-    descriptions("boosted", clouds, tmp_path, {"content_hash": "1" * 64})
-    descriptions("boosted", replace(clouds, ids=clouds.ids[::-1]), tmp_path, IDENTITY)
-    descriptions("majority", clouds, tmp_path, IDENTITY)
+    descriptions("boosted", clouds, EVERY, replace(kept, identity={"content_hash": "1" * 64}))
+    descriptions("boosted", replace(clouds, ids=clouds.ids[::-1]), EVERY, kept)
+    descriptions("majority", clouds, EVERY, kept)
     assert asked == 3 * [3, 3, 2]
 
 
 def test_what_is_done_at_once_is_not_kept(asked, clouds, tmp_path):
-    descriptions("boosted", clouds, tmp_path / "kept", IDENTITY)
-    descriptions("boosted", clouds)
+    descriptions("boosted", clouds, EVERY, Kept(tmp_path / "kept", IDENTITY))
+    descriptions("boosted", clouds, EVERY)
     assert asked == [8, 8]
     assert not (tmp_path / "kept").exists()
 
 
-def test_grown_trees_need_no_description(blocks_of_three, asked, clouds, tmp_path):
+def test_nothing_is_described_twice(blocks_of_three, asked, clouds, tmp_path):
     config = TrainingConfig(
         task="crystal_system", model="boosted", members=2, trees=3,
         validation_fraction=0.3, test_fraction=0.3,
     )  # fmt: skip
+    kept = Kept.of(tmp_path, IDENTITY)
     fit_members(tmp_path, clouds, config, identity=IDENTITY)
     assert asked == [3, 3, 2]
     grown = {path: path.read_bytes() for path in tmp_path.glob("member-*/*")}
+    logits = load_members(tmp_path, config).logits(clouds, torch.tensor([1, 4, 6]), kept)
+    (tmp_path / "member-1" / "model.safetensors").unlink()
     fit_members(tmp_path, clouds, config, identity=IDENTITY, resume=True)
     assert asked == [3, 3, 2]
-    last = tmp_path / "member-1" / "model.safetensors"
-    last.unlink()
-    fit_members(tmp_path, clouds, config, identity=IDENTITY, resume=True)
-    assert asked == 2 * [3, 3, 2]
     assert {path: path.read_bytes() for path in tmp_path.glob("member-*/*")} == grown
+
+    # Grown trees need no description, nor is one missing once it is discarded.
+    kept.discard()
+    fit_members(tmp_path, clouds, config, identity=IDENTITY, resume=True)
+    assert asked == [3, 3, 2]
+    again = load_members(tmp_path, config).logits(clouds, torch.tensor([1, 4, 6]), kept)
+    assert np.array_equal(again, logits)
+    assert asked == [3, 3, 2, 1, 1, 1]
     with pytest.raises(UserError, match="belongs to another training"):
         fit_members(tmp_path, clouds, config, identity={"content_hash": "1" * 64}, resume=True)
 

@@ -3,7 +3,6 @@
 An ensemble of one lives in the run folder itself, the members of a larger one in `member-K/`.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -20,8 +19,8 @@ from cluster.errors import RunFailed, UserError
 from cluster.provenance import provenance
 from training import checkpoint
 from training.config import BLEND, ModelName, TrainingConfig, recorded
-from training.dataset import Clouds, CloudSet
-from training.described import description, descriptions
+from training.dataset import Clouds
+from training.described import Kept, descriptions
 from training.identity import check_count, featurization_of, signature
 from training.inputs import prepared
 from training.loop import MODEL, device, fit, predict
@@ -39,8 +38,6 @@ from training.portions import blocks
 from training.progress import Progress
 from training.split import Parts
 
-_DESCRIBED = "described"  # folder of a run
-
 
 @dataclass(frozen=True, slots=True)
 class Trained:
@@ -50,18 +47,25 @@ class Trained:
     states: list[dict[str, Any]]  # of each member: config, identity, provenance, best_epoch
     members: list[Network | Boosted]
 
-    def logits(self, data: Clouds, rows: Tensor | None = None) -> NDArray[np.float64]:
-        """(members, n, C) logits of all questions of the crystals `rows`, by default of all."""
+    def logits(
+        self, data: Clouds, rows: Tensor | None = None, kept: Kept | None = None
+    ) -> NDArray[np.float64]:
+        """(members, n, C) logits of all questions of the crystals `rows`, by default of all.
+
+        What trees see is read where it is kept.
+        """
         parts = []
         for block in blocks(data, torch.arange(len(data)) if rows is None else rows):
-            inputs = self.inputs(data.subset(block.numpy()))
+            inputs = self.inputs(data, block, kept)
             parts.append(self.logits_of(inputs, torch.arange(len(block))))
         return np.concatenate(parts, axis=1)
 
-    def inputs(self, some: CloudSet) -> dict[ModelName, Any]:
-        """Kind of member → what it sees of some crystals, for `logits_of`."""
+    def inputs(self, data: Clouds, rows: Tensor, kept: Kept | None = None) -> dict[ModelName, Any]:
+        """Kind of member → what it sees of the crystals `rows`, for `logits_of`."""
         return {
-            kind: description(kind, some) if isinstance(each, Boosted) else each.prepare(some)
+            kind: descriptions(kind, data, rows, kept)
+            if isinstance(each, Boosted)
+            else each.prepare(data.subset(rows.numpy()))
             for kind, each in zip(kinds(self.config), self.members, strict=False)
         }
 
@@ -106,19 +110,18 @@ def prepare(
     train_rows: Tensor,
     peers: Peers,
     folder: Path,
-    identity: Mapping[str, Any] | None = None,
+    kept: Kept | None = None,
 ) -> Prepared:
     """All of a training that depends on the clouds, but neither on a seed nor on labels.
 
     Args:
         config: of one kind of model, not of a blend.
         folder: where inputs are kept that do not fit into memory.
-        identity: of the only training in `folder`, which keeps there what trees see, until
-            `fit_members` is done.
+        kept: where blocks of what trees see are kept.
     """
     if is_boosted(config.model):
-        kept = None if identity is None else folder / _DESCRIBED
-        return Prepared(descriptions(config.model, data, kept, identity), {})
+        every = torch.arange(len(data))
+        return Prepared(descriptions(config.model, data, every, kept), {})
     network = new_network(config, data, train_rows)
     return Prepared(prepared(network, data, peers, folder), units_of(network))
 
@@ -150,10 +153,10 @@ def fit_members(
     peers: Peers | None = None,
     progress: Callable[[Progress], None] = lambda at: None,
 ) -> None:
-    """Train all members into `run`; what each needs of the clouds is computed once.
+    """Train all members into `run`; what trees see of the clouds is left for the evaluation.
 
     Args:
-        seen: what `prepare` gives for each kind of member, if it is known.
+        seen: what `prepare` gives for each kind of member, if it is known; else computed once.
 
     Raises:
         UserError: as `training.loop.fit`.
@@ -170,7 +173,8 @@ def fit_members(
 
         grown = resume and is_boosted(kind) and _is_grown(folder, own, identity)
         if kind not in known and not grown:
-            known[kind] = prepare(own, data, parts.rows["train"], peers, run, identity)
+            train, kept = parts.rows["train"], Kept.of(run, identity)
+            known[kind] = prepare(own, data, train, peers, run, kept)
         if is_boosted(kind):
             if not grown:
                 _boost(folder, known[kind].inputs, parts, own, identity)
@@ -188,7 +192,6 @@ def fit_members(
                 progress=shifted,
             )
         passed += own.passes
-    shutil.rmtree(run / _DESCRIBED, ignore_errors=True)
 
 
 def load_run(run: Path) -> tuple[Trained, dict[str, Any]]:
@@ -201,9 +204,8 @@ def load_run(run: Path) -> tuple[Trained, dict[str, Any]]:
     said = recorded(run)
     config = build_config(TrainingConfig, said["training"], where=str(run / "config.json"))
     featurization_of(run, said)
-    trained = load_members(run, config, said["identity"])
-    check_count(run, config, len(trained.members))
-    return trained, said
+    check_count(run, config, len(folders(run, config)))
+    return load_members(run, config, said["identity"]), said
 
 
 def load_members(
@@ -283,7 +285,6 @@ def _boost(
     rows = (parts.rows["train"].numpy(), parts.rows["validation"].numpy())
     model = Boosted.fitted(description_NF, parts.target_N.numpy(), *rows, config)
     made = {name: value for name, value in provenance().items() if name != "created"}
-    run.mkdir(parents=True, exist_ok=True)
     state = signed | {"provenance": made, "best_epoch": model.rounds}
     checkpoint.save(run / MODEL, model.tensors(), state)
 

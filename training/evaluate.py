@@ -22,6 +22,7 @@ from training.breakdown import by_part
 from training.card import write_card
 from training.config import TrainingConfig
 from training.dataset import Clouds, open_clouds
+from training.described import Kept
 from training.ensemble import finite, load_run
 from training.leakage import audit
 from training.metrics import confusion_matrix, evaluate
@@ -109,7 +110,7 @@ def evaluate_run(
         )
     questions: dict[TaskName, Parts] = {config.task: parts, **parts.others}
     held = torch.cat([own.rows[side] for own in questions.values() for side in _SIDES]).unique()
-    logits_MNC = trained.logits(data, held)
+    logits_MNC = trained.logits(data, held, Kept.of(run, recorded["identity"]))
     answers: dict[str, dict[str, Any]] = {}
     for name, own in questions.items():
         places = {side: torch.searchsorted(held, own.rows[side]).numpy() for side in _SIDES}

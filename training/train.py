@@ -14,6 +14,7 @@ from featurization.manifest import read_manifest
 from training import checkpoint, domain
 from training.config import TrainingConfig, recorded
 from training.dataset import Clouds, open_clouds
+from training.described import Kept
 from training.distributed import fit_on_workers
 from training.ensemble import fit_members
 from training.evaluate import evaluate_run
@@ -50,7 +51,9 @@ def train(
     with exclusive(run):
         data, parts, identity = _fit(dataset, run, config, resume, progress)
         domain.write(run, data, parts.learned, parts.rows["validation"], identity)
-        return evaluate_run(run, dataset, data=data)
+        answer = evaluate_run(run, dataset, data=data)
+        Kept.of(run, identity).discard()
+        return answer
 
 
 def _fit(
