@@ -4,12 +4,15 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import psutil
 
 _SUBREAPER, _DEATH_SIGNAL = 36, 1  # PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG of prctl(2)
+_LOOK = 0.5  # s
 _PATIENCE = 30.0  # for those that wait for a disk, which no signal ends, s
 
 
@@ -53,9 +56,58 @@ def end_all(but: Collection[psutil.Process] = ()) -> None:
     """
     until = time.monotonic() + _PATIENCE
     while (found := descendants().difference(but)) and time.monotonic() < until:
-        for process in found:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        _kill(found)
         psutil.wait_procs(found, timeout=1)
+
+
+@contextmanager
+def none_without(head: str, processes: Collection[psutil.Process]) -> Iterator[None]:
+    """For the duration of a `with` block: when the one of this name is gone, kill the others.
+
+    What comes of them is killed, too.
+    """
+    heads = {each for each in processes if _is_named(each, head)}
+    others, over = set(processes).difference(heads), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK):
+            if not all(map(_lives, heads)):
+                _kill(others.union(*map(_below, others)))
+                return
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
+
+
+def _is_named(process: psutil.Process, name: str) -> bool:
+    try:
+        return bool(process.name() == name)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _below(process: psutil.Process) -> set[psutil.Process]:
+    try:
+        return set(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def _kill(processes: Collection[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue

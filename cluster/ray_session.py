@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.descendants import descendants, end_all
+from cluster.descendants import descendants, end_all, none_without
 from cluster.errors import RunFailed
 from cluster.files import temporary_folder
 
@@ -31,6 +31,8 @@ from cluster.files import temporary_folder
 _LOOPBACK = "127.0.0.1"
 # Ray reads these once, when it is imported.
 _AT_IMPORT = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Without it Ray goes on as if nothing had happened, and after a minute ends this process.
+_HEAD = "gcs_server"
 _PREFIX = "xtal-ray-"
 _STARTS = 3  # tries; on a busy machine Ray gives up on itself after 30 s now and then
 # In the environment of a command whose batch job started Ray (`cluster.ray_cluster`): a file.
@@ -160,6 +162,7 @@ def local_ray(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
     lies in a private folder (0700, token 0600) under a short temporary path and is removed at the
     end with everything else that Ray wrote; what a killed process left is removed by the next
     session. Inside the block `import ray` gives that session; the value of the block is the folder.
+    Whatever of Ray dies there, whoever waits for its answer gets a `RayError`.
 
     Args:
         metrics_port: on the loopback network, where Prometheus may read metrics without a token,
@@ -177,16 +180,20 @@ def local_ray(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
     before = {name: os.environ.get(name) for name in (*settings, "RAY_AUTH_TOKEN_PATH")}
+    others = descendants()
     with private_folder(process_token()) as folder:
         os.environ.update(settings, RAY_AUTH_TOKEN_PATH=str(folder / "token"))
         try:
-            with _session(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                _metrics_export_port=metrics_port,
-                _node_ip_address=_LOOPBACK,
-                _temp_dir=str(folder / "ray"),  # Ray opens its own folder to everybody
+            with (
+                _session(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    _metrics_export_port=metrics_port,
+                    _node_ip_address=_LOOPBACK,
+                    _temp_dir=str(folder / "ray"),  # Ray opens its own folder to everybody
+                ),
+                none_without(_HEAD, descendants().difference(others)),
             ):
                 yield folder
         finally:

@@ -28,11 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist, config.option.loadscopereorder = "loadgroup", False
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What `pytest -n` gives to one process together, and in which order.
 
     A file of tests shares its fixtures. The slowest go first, so that no process waits long for
-    another at the end; SLURM goes last, when it has both cores for its three nodes.
+    another at the end; SLURM goes last, where each process has a cluster for whichever test is
+    next: most of the time they wait.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
 
@@ -41,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=place)
     for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+        if not item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session")

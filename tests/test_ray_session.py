@@ -113,6 +113,44 @@ def test_a_signal_while_ray_starts_is_ours(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
+# A process of its own: whoever still waits for a dead head is ended by Ray a minute later.
+BEHEADED = """
+import sys, time
+from cluster.descendants import descendants
+from cluster.ray_session import local_ray
+
+class Actor:
+    def answer(self):
+        return 42
+
+others, end = descendants(), time.monotonic() + 45
+with local_ray(1):
+    import ray
+    actor = ray.remote(num_cpus=1)(Actor).remote()
+    assert ray.get(actor.answer.remote()) == 42
+    (victim,) = [each for each in descendants() - others if each.name() == sys.argv[1]]
+    victim.kill()
+    try:
+        while time.monotonic() < end:
+            ray.get(actor.answer.remote())
+            time.sleep(0.1)
+        sys.exit("nobody noticed")
+    except ray.exceptions.RayError:
+        pass
+with local_ray(1):
+    assert ray.get(ray.remote(num_cpus=1)(Actor).remote().answer.remote()) == 42
+print("and again")
+"""
+
+
+@pytest.mark.parametrize("part", ["gcs_server", "raylet"])
+def test_ray_without_a_part_is_noticed_and_another_can_follow(part):
+    done = subprocess.run(
+        [sys.executable, "-c", BEHEADED, part], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (0, "and again\n"), done.stderr
+
+
 # A neighbour takes the first port of each kind between its choice and Ray's start.
 CLASHING = """
 import sys

@@ -584,7 +584,9 @@ def kill_at_checkpoint(folder, name, killed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["ray::crystal_system pointnet seed 0 rank 1", "raylet"])
+@pytest.mark.parametrize(
+    "victim", ["ray::crystal_system pointnet seed 0 rank 1", "raylet", "gcs_server"]
+)
 def test_a_killed_worker_or_ray_changes_nothing(dataset, two, tmp_path, victim):
     killed = []
     folder = tmp_path / "run"
