@@ -128,7 +128,7 @@ with local_ray(1):
     import ray
     actor = ray.remote(num_cpus=1)(Actor).remote()
     assert ray.get(actor.answer.remote()) == 42
-    (victim,) = [each for each in descendants() - others if each.name() == sys.argv[1]]
+    (victim,) = [each for each in descendants() - others if each.name() == "gcs_server"]
     victim.kill()
     try:
         while time.monotonic() < end:
@@ -143,10 +143,9 @@ print("and again")
 """
 
 
-@pytest.mark.parametrize("part", ["gcs_server", "raylet"])
-def test_ray_without_a_part_is_noticed_and_another_can_follow(part):
+def test_ray_without_a_head_is_noticed_and_another_can_follow():
     done = subprocess.run(
-        [sys.executable, "-c", BEHEADED, part], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", BEHEADED], capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stdout) == (0, "and again\n"), done.stderr
 
