@@ -11,7 +11,7 @@ from torch import Tensor
 
 from training.dataset import Clouds
 
-_BLOCK_CRYSTALS, _BLOCK_POINTS = 4096, 1 << 21  # worked on at a time
+_BLOCK_CRYSTALS, _BLOCK_POINTS = 4096, 1 << 20  # worked on at a time
 _SAMPLE_CRYSTALS, _SAMPLE_POINTS = 1 << 13, 1 << 22  # at most; 130 MB of points
 
 
