@@ -21,6 +21,7 @@ from training import checkpoint, described
 from training.config import TrainingConfig
 from training.described import Kept, descriptions
 from training.ensemble import fit_members, load_members
+from training.evaluate import evaluate_run
 
 IDENTITY = {"content_hash": "0" * 64}
 EVERY = torch.arange(8)
@@ -145,7 +146,7 @@ xtal.main()
 
 
 @pytest.mark.slow
-def test_an_interrupted_solution_goes_on_where_it_was(sphere, tmp_path):
+def test_an_interrupted_solution_goes_on_where_it_was(sphere, tmp_path, monkeypatch):
     (tmp_path / "few.toml").write_text('task = "crystal_system"\ntrees = 5\n')
     options = ["--config", str(tmp_path / "few.toml"), "--model", "solved"]
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -175,6 +176,9 @@ def test_an_interrupted_solution_goes_on_where_it_was(sphere, tmp_path):
         with started(folder, *more) as done:
             assert done.communicate(timeout=300)[1] is not None
         assert done.returncode == 0
+    assert not (run / "described").exists()
+    monkeypatch.setattr("training.portions._BLOCK_CRYSTALS", 1)
+    evaluate_run(run)  # on its own it keeps nothing
     assert not (run / "described").exists()
     one, other = (checkpoint.read(folder / "model.safetensors")[0] for folder in (run, whole))
     assert one["trees"].equal(other["trees"])

@@ -110,7 +110,8 @@ def evaluate_run(
         )
     questions: dict[TaskName, Parts] = {config.task: parts, **parts.others}
     held = torch.cat([own.rows[side] for own in questions.values() for side in _SIDES]).unique()
-    logits_MNC = trained.logits(data, held, Kept.of(run, recorded["identity"]))
+    kept = Kept.of(run, recorded["identity"])  # by a training that waits for this
+    logits_MNC = trained.logits(data, held, kept if kept.folder.is_dir() else None)
     answers: dict[str, dict[str, Any]] = {}
     for name, own in questions.items():
         places = {side: torch.searchsorted(held, own.rows[side]).numpy() for side in _SIDES}
