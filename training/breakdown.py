@@ -76,14 +76,14 @@ def by_class(
     probabilities = np.asarray(probabilities_NC, dtype=np.float64)
     if len(groups_N) != len(labels):
         raise ValueError(f"groups_N has {len(groups_N)} entries for {len(labels)} labels")
-    drawn_RN = group_weights(groups_N, resamples, seed)
-    weights_RN = np.concatenate([np.ones_like(drawn_RN[:1]), drawn_RN])  # the whole set first
+    # The whole set first. Together they would take twice the memory for a moment.
+    weightings = np.ones((1, len(labels)), np.int32), group_weights(groups_N, resamples, seed)
     predicted = probabilities.argmax(axis=1)
     answer = []
     for number in range(probabilities.shape[1]):
         true, called = labels == number, predicted == number
         counted = np.stack([true & called, true, called], axis=1).astype(np.float64)
-        hits_R, true_R, called_R = (weights_RN @ counted).T
+        hits_R, true_R, called_R = np.array([w @ counted for each in weightings for w in each]).T
         with np.errstate(divide="ignore", invalid="ignore"):
             samples = {
                 "recall": hits_R / true_R,
@@ -91,8 +91,10 @@ def by_class(
                 "f1": np.where(true_R > 0, 2 * hits_R / (true_R + called_R), np.nan),
             }
         own = np.clip(probabilities[:, number], 0, 1)
-        ranked = score(true.astype(np.int64), np.stack([1 - own, own], axis=1), weights_RN)
-        samples |= {name: ranked[name] for name in ("auroc", "average_precision")}
+        shares = np.stack([1 - own, own], axis=1)
+        ranked = [score(true.astype(np.int64), shares, each) for each in weightings]
+        for name in ("auroc", "average_precision"):
+            samples[name] = np.concatenate([each[name] for each in ranked])
         answer.append(
             {
                 name: Interval(float(values[0]), *percentile_interval(values[1:], groups_N))

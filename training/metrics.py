@@ -63,9 +63,9 @@ def group_weights(groups_N: Sequence[str], resamples: int, seed: int) -> NDArray
     random = np.random.default_rng(seed)
     weights = np.zeros((resamples, len(groups_N)), dtype=np.int32)
     if len(names):
-        drawn = random.integers(len(names), size=(resamples, len(names)), dtype=np.int32)
-        for row, groups in zip(weights, drawn, strict=True):
-            row[:] = np.bincount(groups, minlength=len(names))[member_N]
+        for row in weights:
+            drawn = random.integers(len(names), size=len(names), dtype=np.int32)
+            row[:] = np.bincount(drawn, minlength=len(names))[member_N]
     return weights
 
 

@@ -109,13 +109,16 @@ def doubt_and_error(
     if not np.isfinite(uncertainty).all():
         raise ValueError("uncertainty_N must be finite")
     names = groups.tolist()
-    drawn_RN = group_weights(names, resamples, seed)
-    weights_RN = np.concatenate([np.ones_like(drawn_RN[:1]), drawn_RN])  # the whole set first
+    # The whole set first. Together they would take twice the memory for a moment.
+    weightings = np.ones((1, len(wrong)), np.int32), group_weights(names, resamples, seed)
     _, place_N = np.unique(uncertainty, return_inverse=True)
     rank_N = place_N / max(len(wrong), 1)  # in [0, 1), as `score` wants it; ties stay ties
     ranked = np.stack([1 - rank_N, rank_N], axis=1)
-    auroc_R = score(wrong.astype(np.int64), ranked, weights_RN)["auroc"]
-    area_R = np.array([_area(np.repeat(wrong, w), np.repeat(rank_N, w)) for w in weights_RN])
+    errors_N = wrong.astype(np.int64)
+    auroc_R = np.concatenate([score(errors_N, ranked, each)["auroc"] for each in weightings])
+    area_R = np.array(
+        [_area(np.repeat(wrong, w), np.repeat(rank_N, w)) for each in weightings for w in each]
+    )
     errors = int(wrong.sum())
     return DoubtAndError(
         quantiles=_by_quantile(wrong, uncertainty, groups, quantiles),
