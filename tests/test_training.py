@@ -152,6 +152,21 @@ def test_a_signal_before_the_first_step_stops_at_once(
     assert train(dataset, tmp_path / "run", tiny(epochs=1), resume=True)["metrics"]
 
 
+def test_a_signal_within_compiled_code_is_no_fault_of_it(tmp_path):
+    """Numba's dispatcher makes a SystemError of what a handler raises in it."""
+
+    def compiled():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        except Stopped as stopped:
+            raise SystemError("returned a result with an exception set") from stopped
+
+    with pytest.raises(Stopped, match="SIGUSR1"), stopping(tmp_path, lambda at: None):
+        compiled()
+    with pytest.raises(SystemError), stopping(tmp_path, lambda at: None):
+        raise SystemError("its own")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["cluster.ray_session._start", "training.distributed._workers"])
 def test_a_signal_while_workers_start_is_not_lost(dataset, tmp_path, monkeypatch, where):

@@ -88,4 +88,11 @@ def stopping(run: Path, tell: Callable[[Progress], None]) -> Iterator[Callable[[
             if signals.received:
                 stop(signals.received)
 
-        yield told
+        try:
+            yield told
+        except Stopped:
+            raise
+        except Exception:  # what compiled code makes of `Stopped`, where it breaks into it
+            if signals.received and signals.then is not None:
+                stop(signals.received)
+            raise
