@@ -1,4 +1,4 @@
-"""One small dataset for all tests of training and ablation; which tests go together on a core."""
+"""One small dataset for all tests of training and ablation; in which order tests run."""
 
 import os
 from pathlib import Path
@@ -23,18 +23,15 @@ settings.load_profile("shared cores")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """`pytest -n` keeps the groups and the order of below."""
+    """`pytest -n` gives one test at a time, in the order of below, to whichever process is free."""
     if getattr(config.option, "numprocesses", None):
         config.option.dist, config.option.loadscopereorder = "loadgroup", False
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `pytest -n` gives to one process together, and in which order.
+    """The slowest files go first, so that no process waits long for another at the end.
 
-    A file of tests shares its fixtures. The slowest go first, so that no process waits long for
-    another at the end; SLURM goes last, where each process has a cluster for whichever test is
-    next: most of the time they wait.
+    SLURM goes last, where each process has a cluster: most of the time its tests wait.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
 
@@ -42,9 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if item.get_closest_marker("slurm") else item.path not in slow
 
     items.sort(key=place)
-    for item in items:
-        if not item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session")
