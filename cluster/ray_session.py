@@ -162,7 +162,7 @@ def local_ray(cpus: int, metrics_port: int | None = None) -> Iterator[Path]:
     lies in a private folder (0700, token 0600) under a short temporary path and is removed at the
     end with everything else that Ray wrote; what a killed process left is removed by the next
     session. Inside the block `import ray` gives that session; the value of the block is the folder.
-    Whatever of Ray dies there, whoever waits for its answer gets a `RayError`.
+    Whatever of Ray dies there, whoever waits for a task or an actor gets a `RayError`.
 
     Args:
         metrics_port: on the loopback network, where Prometheus may read metrics without a token,
